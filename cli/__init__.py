@@ -1,0 +1,1 @@
+"""The `mimo` command; installed as `modeling_mimo.cli`."""

@@ -1,0 +1,460 @@
+"""Small random checkpoints in the exact format of the released ones, traps included.
+
+    python -m modeling_mimo.conversion.random_checkpoint /tmp/mimo-tiny --size tiny
+
+The format is that of XiaomiMiMo/MiMo-V2.5: the same keys and key order in config.json (the vision, audio and processor
+parts left out, as in MiMo-V2.5-Pro), the same tensor names and dtypes, expert-parallel files without `__metadata__`,
+an alphabetical index, FP8 with 128 x 128 scales that are tiled per chunk in the fused `qkv_proj`, and expert weights
+whose scale lies in another file. Only the sizes and the values are not Xiaomi's.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from .fp8 import quantize_chunks
+
+
+LAYOUTS = ("fused_qkv", "plain", "split")
+DTYPES = ("fp8", "bf16")
+
+# Tokens of the small tokenizer; the embedding has a few rows more, as the released one (151675 tokens, 152576 rows).
+TOKENS = 2048
+_RELEASED_TOKENS = 151675
+
+# MiMo-V2.5 publishes three draft layers and its config.json does not say so.
+_MTP_LAYERS = 3
+
+# MiMo-V2.5's config.json in its own order, without auto-generated lists, `quantization_config` and the media parts.
+# None marks what a size or the tokenizer decides. The doubled and unread keys are the released file's.
+_CONFIG = {
+    "architectures": ["MiMoV2ForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_mimo_v2.MiMoV2Config",
+        "AutoModel": "modeling_mimo_v2.MiMoV2Model",
+        "AutoModelForCausalLM": "modeling_mimo_v2.MiMoV2ForCausalLM",
+    },
+    "attention_bias": False,
+    "attention_chunk_size": None,
+    "attention_dropout": 0.0,
+    "attention_value_scale": 0.707,
+    "attention_projection_layout": "fused_qkv",
+    "add_full_attention_sink_bias": False,
+    "add_swa_attention_sink_bias": True,
+    "swa_num_key_value_heads": None,
+    "swa_num_attention_heads": None,
+    "swa_head_dim": None,
+    "swa_v_head_dim": None,
+    "dtype": "bfloat16",
+    "eos_token_id": 151645,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "hidden_size": None,
+    "hybrid_block_size": None,
+    "hybrid_layer_pattern": None,
+    "image_token_id": 151655,
+    "initializer_range": 0.02,
+    "intermediate_size": None,
+    "layernorm_epsilon": 1e-05,
+    "max_position_embeddings": None,
+    "model_type": "mimo_v2",
+    "moe_intermediate_size": None,
+    "moe_layer_freq": None,
+    "n_group": 1,
+    "n_routed_experts": None,
+    "n_shared_experts": None,
+    "norm_topk_prob": True,
+    "num_attention_heads": None,
+    "num_experts_per_tok": None,
+    "num_hidden_layers": None,
+    "num_key_value_heads": None,
+    "pad_token_id": 151643,
+    "partial_rotary_factor": 0.334,
+    "quantization_config": None,
+    "rope_scaling": {"rope_type": "default", "type": "default"},
+    "rope_theta": 10000000,
+    "routed_scaling_factor": None,
+    "scoring_func": "sigmoid",
+    "sliding_window": None,
+    "sliding_window_size": None,
+    "swa_rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "transformers_version": "4.57.1",
+    "use_cache": True,
+    "v_head_dim": None,
+    "video_token_id": 151656,
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+    "vocab_size": None,
+}
+_TOKEN_KEYS = [key for key in _CONFIG if key.endswith("_token_id")]
+
+# MiMo-V2-Flash's differences: split projections, text only, older numbers. Its exact key order is unknown.
+_FLASH_DROPPED = [key for key in _CONFIG if key.startswith(("image_", "video_", "vision_"))]
+_FLASH_DROPPED += ["auto_map", "attention_projection_layout", "dtype"]
+_FLASH_CHANGED = {
+    "architectures": ["MiMoV2FlashForCausalLM"],
+    "model_type": "mimo_v2_flash",
+    "rope_theta": 5000000,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+}
+
+# tiny (10M parameters): every asymmetry of the released models. 8 of 24 rotary dimensions, key and value heads of
+# different width, GA chunks of 136 rows and SWA chunks of 176 (neither divides by 128), window 8.
+# demo (55M), bench (143M): the released head widths 192 and 128, so GA chunks of 1088 = 8.5 blocks and SWA chunks of
+# 11 blocks, and the released window.
+SIZES = {
+    "tiny": {
+        "hidden_size": 256,
+        "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0, 1, 1],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "swa_num_key_value_heads": 4,
+        "head_dim": 24,
+        "v_head_dim": 16,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "max_position_embeddings": 4096,
+        "vocab_size": 2176,
+    },
+    "demo": {
+        "hidden_size": 384,
+        "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "swa_num_key_value_heads": 4,
+        "head_dim": 192,
+        "v_head_dim": 128,
+        "intermediate_size": 1024,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 32768,
+        "vocab_size": 2304,
+    },
+}
+SIZES["bench"] = SIZES["demo"] | {
+    "hidden_size": 512,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "swa_num_key_value_heads": 8,
+    "intermediate_size": 2048,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 8,
+}
+
+
+def released_config(
+    size: str = "tiny", dtype: str = "fp8", layout: str = "fused_qkv", overrides: dict | None = None
+) -> dict:
+    """The contents of config.json: a released config with the sizes of SIZES[size].
+
+    overrides: config keys to set or add last, by their released spelling; they must fit together (a change of
+    `num_hidden_layers` needs `hybrid_layer_pattern` and `moe_layer_freq`). The list of layers that are not
+    quantized follows `num_hidden_layers`. `num_nextn_predict_layers` sets the draft layers (3 when absent).
+    ValueError: unknown size, dtype or layout; overrides that contradict each other.
+    """
+    for name, value, known in (("size", size, tuple(SIZES)), ("dtype", dtype, DTYPES), ("layout", layout, LAYOUTS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+    config = copy.deepcopy(_CONFIG)
+    config.update(copy.deepcopy(SIZES[size]))
+    layers = len(config["hybrid_layer_pattern"])
+    config["num_hidden_layers"] = layers
+    config["moe_layer_freq"] = [0] + [1] * (layers - 1)
+    for key in ("num_attention_heads", "head_dim", "v_head_dim"):
+        config[f"swa_{key}"] = config[key]
+    config["sliding_window_size"] = config["attention_chunk_size"] = config["sliding_window"]
+    if layout == "split":
+        config = {key: value for key, value in config.items() if key not in _FLASH_DROPPED} | _FLASH_CHANGED
+    config.update(overrides or {})
+    for key in _TOKEN_KEYS:
+        if key in config and key not in (overrides or {}):
+            config[key] = _small_token_id(config[key], config)
+    if dtype == "bf16":
+        del config["quantization_config"]
+    else:
+        config["quantization_config"] = _quantization_config(config["num_hidden_layers"])
+    _check_config(config)
+    return config
+
+
+def released_tensors_random(config: dict, seed: int = 0, layout: str | None = None) -> dict[str, torch.Tensor]:
+    """Random values of every tensor of a checkpoint, not quantized, under the released names.
+
+    config: as `released_config` returns it. layout: "fused_qkv" (rows in chunks [Q_c | K_c | V_c], one per
+    `num_key_value_heads`), "plain" (rows [Q | K | V]) or "split"; None takes what the config says.
+    Router weights and `e_score_correction_bias` are float32, everything else is bfloat16.
+
+    Linear weights have standard deviation 1 / sqrt(fan in), embeddings and sinks 1, norms 1 +- 0.1. A value depends
+    on the seed and its name alone: the three layouts hold the same model.
+    """
+    layout = layout or ("fused_qkv" if config.get("attention_projection_layout") == "fused_qkv" else "split")
+    _check_config(config)
+    tensors = {}
+    for name, shape in _split_shapes(config):
+        tensors[name] = _random_tensor(name, shape, seed)
+        if layout != "split" and name.endswith("self_attn.v_proj.weight"):
+            names = [name.replace("v_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+            chunks = config["num_key_value_heads"] if layout == "fused_qkv" else 1
+            parts = zip(*(tensors.pop(part).chunk(chunks) for part in names))
+            tensors[name.replace("v_proj", "qkv_proj")] = torch.cat([part for chunk in parts for part in chunk])
+    return tensors
+
+
+def write_random_checkpoint(
+    folder: str | os.PathLike,
+    size: str = "tiny",
+    seed: int = 0,
+    dtype: str = "fp8",
+    layout: str = "fused_qkv",
+    overrides: dict | None = None,
+    with_tokenizer: bool = True,
+) -> Path:
+    """Write a random checkpoint in the released format and return its folder. The same arguments, the same bytes.
+
+    size: a key of SIZES. dtype: "fp8" or "bf16" (no scales, no `quantization_config`).
+    layout: "fused_qkv" (MiMo-V2.5), "plain" (what re-exporters publish: the same config tag, but rows [Q | K | V]
+    and one regular scale grid) or "split" (MiMo-V2-Flash: q_proj, k_proj, v_proj; model_type `mimo_v2_flash`).
+    overrides: as in `released_config`.
+
+    Files are written to `<folder>.partial`, which is renamed at the end.
+    ValueError: `folder` exists and is not an empty folder, `<folder>.partial` exists, or arguments as above.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists, expected a new or an empty folder")
+    if partial.exists():
+        raise ValueError(f"{partial} is left from an interrupted run, expected none; delete it")
+    config = released_config(size, dtype, layout, overrides)
+    partial.mkdir(parents=True)
+    try:
+        tensors = released_tensors_random(config, seed, layout)
+        if dtype == "fp8":
+            chunks = config["num_key_value_heads"] if layout == "fused_qkv" else 1
+            tensors = _quantized(tensors, chunks)
+        _write_weights(partial, tensors, config, dtype)
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "generation_config.json", _generation_config(config))
+        if with_tokenizer:
+            # Imported here: it brings in all of Transformers, which the tensors do not need.
+            from .small_tokenizer import build_small_tokenizer, save_small_tokenizer
+
+            save_small_tokenizer(build_small_tokenizer(_tokens(config)), partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _tokens(config: dict) -> int:
+    return min(TOKENS, config["vocab_size"])
+
+
+def _small_token_id(released: int, config: dict) -> int:
+    """The small tokenizer ends with the released one's 32 added tokens in their order."""
+    return released - _RELEASED_TOKENS + _tokens(config)
+
+
+def _quantization_config(layers: int) -> dict:
+    # `model.decoder` is the draft layers' name inside the trainer; on disk they are `model.mtp.layers.N`.
+    ignored = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(layers)]
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "store_dtype": "fp8",
+        "ignored_layers": [*ignored, "model.decoder.self_attn.o_proj"],
+        "weight_block_size": [128, 128],
+    }
+
+
+def _generation_config(config: dict) -> dict:
+    eos = [_small_token_id(released, config) for released in (151643, 151645, 151672)]
+    return {
+        "bos_token_id": eos[0],
+        "eos_token_id": eos,
+        "do_sample": False,
+        "top_p": 0.95,
+        "temperature": 1.0,
+        "max_new_tokens": 2048,
+    }
+
+
+def _check_config(config: dict) -> None:
+    layers = config["num_hidden_layers"]
+    for key in ("hybrid_layer_pattern", "moe_layer_freq"):
+        if len(config[key]) != layers:
+            raise ValueError(f"{key} has {len(config[key])} entries, expected num_hidden_layers = {layers}")
+    chunks = config["num_key_value_heads"]
+    for key in ("num_attention_heads", "swa_num_attention_heads", "swa_num_key_value_heads"):
+        if config[key] % chunks:
+            raise ValueError(f"{key} is {config[key]}, expected a multiple of num_key_value_heads = {chunks}")
+
+
+def _split_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor as if the projections were split, in the order of the forward pass."""
+    hidden = config["hidden_size"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer, (sliding, moe) in enumerate(zip(config["hybrid_layer_pattern"], config["moe_layer_freq"])):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "input_layernorm.weight", (hidden,)
+        yield from _attention_shapes(prefix + "self_attn.", config, bool(sliding))
+        yield prefix + "post_attention_layernorm.weight", (hidden,)
+        if not moe:
+            yield from _mlp_shapes(prefix + "mlp.", hidden, config["intermediate_size"])
+            continue
+        yield prefix + "mlp.gate.weight", (config["n_routed_experts"], hidden)
+        yield prefix + "mlp.gate.e_score_correction_bias", (config["n_routed_experts"],)
+        for expert in range(config["n_routed_experts"]):
+            yield from _mlp_shapes(f"{prefix}mlp.experts.{expert}.", hidden, config["moe_intermediate_size"])
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (config["vocab_size"], hidden)
+    for layer in range(config.get("num_nextn_predict_layers", _MTP_LAYERS)):
+        prefix = f"model.mtp.layers.{layer}."
+        for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
+            yield f"{prefix}{norm}.weight", (hidden,)
+        yield prefix + "eh_proj.weight", (hidden, 2 * hidden)
+        yield from _attention_shapes(prefix + "self_attn.", config, sliding=True)
+        yield from _mlp_shapes(prefix + "mlp.", hidden, config["intermediate_size"])
+
+
+def _attention_shapes(prefix: str, config: dict, sliding: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    kind = "swa_" if sliding else ""
+    hidden, heads = config["hidden_size"], config[kind + "num_attention_heads"]
+    kv_heads, head, v_head = (config[kind + key] for key in ("num_key_value_heads", "head_dim", "v_head_dim"))
+    yield prefix + "q_proj.weight", (heads * head, hidden)
+    yield prefix + "k_proj.weight", (kv_heads * head, hidden)
+    yield prefix + "v_proj.weight", (kv_heads * v_head, hidden)
+    yield prefix + "o_proj.weight", (hidden, heads * v_head)
+    if config["add_swa_attention_sink_bias" if sliding else "add_full_attention_sink_bias"]:
+        yield prefix + "attention_sink_bias", (heads,)
+
+
+def _mlp_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield prefix + "gate_proj.weight", (inner, hidden)
+    yield prefix + "up_proj.weight", (inner, hidden)
+    yield prefix + "down_proj.weight", (hidden, inner)
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    values = torch.randn(shape, generator=generator)
+    if name.endswith("e_score_correction_bias"):
+        return values * 0.05
+    if name.endswith("mlp.gate.weight"):
+        return values / shape[1] ** 0.5
+    if name.endswith("norm.weight"):
+        values = 1 + 0.1 * values
+    elif len(shape) == 2 and "embed_tokens" not in name:
+        values = values / shape[1] ** 0.5
+    return values.to(torch.bfloat16)
+
+
+def _quantized(tensors: dict[str, torch.Tensor], qkv_chunks: int) -> dict[str, torch.Tensor]:
+    """Attention input and MLP projections become FP8 and get a `<name>_scale_inv` after them; the rest stays."""
+    kinds = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    stored = {}
+    for name, tensor in tensors.items():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        if kind in kinds:
+            chunks = qkv_chunks if kind == "qkv_proj" else 1
+            stored[name], stored[name + "_scale_inv"] = quantize_chunks(tensor, chunks)
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def _file_chooser(config: dict) -> Callable[[str], str]:
+    """A function from a tensor's name to its file's name.
+
+    Rank k holds the k-th equal share of every layer's experts. A released rank writes layer by layer all gate, all
+    up, all down projections and starts its second file past 32 GiB, which in MiMo-V2.5 is just before the scale of
+    the last up_proj of a late layer. The same cut is made here in the last MoE layer but one.
+    """
+    experts = config["n_routed_experts"]
+    ranks = next(ranks for ranks in (4, 2, 1) if experts % ranks == 0 and (experts >= 4 * ranks or ranks == 1))
+    moe_layers = [layer for layer, moe in enumerate(config["moe_layer_freq"]) if moe]
+    cut_layer = moe_layers[-2:][0] if moe_layers else 0
+
+    def file_of(name: str) -> str:
+        if name.startswith("model.mtp."):
+            return "model_mtp.safetensors"
+        if ".mlp.experts." not in name:
+            return "model_pp0_ep0_shard1.safetensors"
+        _, _, layer, _, _, expert, projection, kind = name.split(".")
+        rank, place = divmod(int(expert), experts // ranks)
+        last_up_scale = projection == "up_proj" and kind != "weight" and place == experts // ranks - 1
+        before = int(layer) < cut_layer or (
+            int(layer) == cut_layer and projection != "down_proj" and not last_up_scale
+        )
+        return f"model_pp0_ep{rank}_shard{0 if before else 1}.safetensors"
+
+    return file_of
+
+
+def _write_weights(folder: Path, tensors: dict[str, torch.Tensor], config: dict, dtype: str) -> None:
+    file_of = _file_chooser(config)
+    weight_map = {name: file_of(name) for name in sorted(tensors)}
+    for file in sorted(set(weight_map.values())):
+        # Called without metadata the library writes no `__metadata__`, as Xiaomi did, and orders by dtype, then name.
+        part = {name: tensors[name] for name, where in weight_map.items() if where == file}
+        (folder / file).write_bytes(save(part))
+    metadata = {
+        "save_format": dtype,
+        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+        "tp_size": config["num_key_value_heads"],
+    }
+    _write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of this module; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_mimo.conversion.random_checkpoint",
+        description="Write a small random MiMo-V2 checkpoint in the released format.",
+        epilog="example: python -m modeling_mimo.conversion.random_checkpoint mimo-tiny --size tiny --layout split",
+    )
+    parser.add_argument("folder", help="folder to write; must not exist or be empty")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp8")
+    parser.add_argument("--layout", choices=LAYOUTS, default="fused_qkv")
+    parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="no tokenizer files")
+    try:
+        folder = write_random_checkpoint(**vars(parser.parse_args(arguments)))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {len(list(folder.iterdir()))} files, {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

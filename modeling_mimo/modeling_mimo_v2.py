@@ -1,0 +1,385 @@
+# Copyright 2026 The modeling-mimo authors.
+#
+# Licensed under the MIT License (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     https://opensource.org/license/mit
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The MiMo-V2 model: embeddings, decoder stack, head, and how a checkpoint gets into them."""
+
+import os
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_mimo_v2 import HybridCache
+from .checkpoint_mimo_v2 import Checkpoint, check_tensors
+from .configuration_mimo_v2 import MiMoV2Config
+from .modeling_mimo_v2_base import MiMoV2RMSNorm
+from .modeling_mimo_v2_text import (
+    MiMoV2Attention,
+    MiMoV2DecoderLayer,
+    MiMoV2Experts,
+    MiMoV2RotaryEmbedding,
+    MiMoV2Router,
+)
+from .quantization_mimo_v2 import check_scales
+from .weight_mapping_mimo_v2 import released_tensors
+
+
+logger = logging.get_logger(__name__)
+
+# kernels whose signature takes sinks; any other would drop them without a word
+SINK_KERNELS = ["flash_attention_4", "kernels-community/vllm-flash-attn3"]
+ATTENTION_CHOICES = ("sdpa", "eager", *SINK_KERNELS)
+
+
+def explicit_masks(
+    config: MiMoV2Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs,
+) -> dict[str, torch.Tensor]:
+    """Transformers' masks per layer type, [B, 1, queries, keys]: for static caches, packed sequences and 4-D masks.
+
+    Never left out as "plain causal": that would align the first query with the first key of a static cache.
+    """
+    functions = {
+        "full_attention": create_causal_mask,
+        "sliding_attention": create_sliding_window_causal_mask,
+    }
+    return {
+        layer_type: functions[layer_type](
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            allow_is_causal_skip=False,
+        )
+        for layer_type in dict.fromkeys(config.layer_types)
+    }
+
+
+@auto_docstring
+class MiMoV2PreTrainedModel(PreTrainedModel):
+    config: MiMoV2Config
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiMoV2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _compatible_flash_implementations = SINK_KERNELS
+    # a CheckpointReport after `from_pretrained`
+    load_report = None
+    _can_record_outputs = {
+        "hidden_states": MiMoV2DecoderLayer,
+        "attentions": MiMoV2Attention,
+        "router_logits": OutputRecorder(MiMoV2Router, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MiMoV2Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, MiMoV2Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MiMoV2Attention) and module.attention_sink_bias is not None:
+            init.zeros_(module.attention_sink_bias)
+        elif isinstance(module, MiMoV2RotaryEmbedding):
+            for layer_type in set(self.config.layer_types):
+                init.copy_(getattr(module, f"{layer_type}_inv_freq"), module.inverse_frequencies(layer_type))
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation is not None and attn_implementation not in ATTENTION_CHOICES:
+            raise ValueError(
+                f"`attn_implementation`: expected one of {list(ATTENTION_CHOICES)}, got {attn_implementation!r}, "
+                "which would drop the attention sinks of the sliding layers."
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers looks for the decorator in the source of this file; it is in modeling_mimo_v2_text.py
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # the sorted loop of MiMoV2Experts is faster than grouped_mm on a CPU (docs/benchmarks.md)
+        if requested_experts is None and not torch.cuda.is_available():
+            requested_experts = "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in Transformers, with a warning for the parts of the checkpoint that are not in the saved folder."""
+        if self.load_report is not None and self.load_report.not_loaded:
+            parts = ", ".join(f"{part} ({count} tensors)" for part, count in self.load_report.not_loaded.items())
+            logger.warning(f"Not in {save_directory}, because this version does not load them: {parts}.")
+        dtype = self.config.dtype
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # Transformers leaves the name of the dtype here, which its MTP generation then takes for a dtype
+        self.config.dtype = dtype
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """Checks every tensor of the files by name, shape and dtype before the first one is read.
+
+        Transformers would report a missing or unknown tensor in a log line and go on with random weights.
+        """
+        if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
+            checkpoint = Checkpoint.from_files(checkpoint_files)
+            report = check_tensors(model.config, checkpoint.tensors)
+            if report.fp8 and load_config.hf_quantizer is None:
+                raise ValueError("`quantization_config`: expected an entry in config.json for FP8 weights, got none.")
+            slices = checkpoint.slices()
+            check_scales(slices)
+            if report.layout == "plain" and load_config.hf_quantizer is not None:
+                load_config.hf_quantizer.set_plain_layout(model)
+            targets = released_tensors(model.config)
+            state_dict = {
+                name: part
+                for name, part in slices.items()
+                if targets[name.removesuffix("_scale_inv")].target is not None
+            }
+            model.load_report = report
+            logger.info(str(report))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+
+@auto_docstring
+class MiMoV2Model(MiMoV2PreTrainedModel):
+    """Token embeddings, decoder layers and final norm."""
+
+    def __init__(self, config: MiMoV2Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([MiMoV2DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = MiMoV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MiMoV2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+        # CODEPATH: V2.6 ships a bfloat16 router and computes it so; the others ship and need float32
+        if config.moe_router_dtype == "float32":
+            self._keep_in_fp32_modules_strict.append("mlp.gate.weight")
+        self.post_init()
+
+    def layer_masks(
+        self,
+        attention_mask: torch.Tensor | dict | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """What attention needs to know per layer type: which keys are real, [B, keys] bool, or None for all of them.
+
+        Packed sequences, static caches and 4-D masks get Transformers' explicit mask [B, 1, queries, keys] instead.
+        """
+        if isinstance(attention_mask, dict):
+            # `generate` has built the masks of a static cache already
+            return attention_mask
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        packed = None
+        if position_ids is not None and attention_mask is None and past_length == 0:
+            packed = find_packed_sequence_indices(position_ids)
+        static = past_key_values is not None and past_key_values.is_compileable
+        if packed is not None and not static:
+            # given a cache, even an empty one, Transformers' mask functions do not look for packed sequences
+            return explicit_masks(self.config, inputs_embeds, attention_mask, None, position_ids)
+        if static or (attention_mask is not None and attention_mask.dim() == 4):
+            return explicit_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if attention_mask is None:
+            return dict.fromkeys(self.config.layer_types)
+        queries = inputs_embeds.shape[1]
+        expected = (inputs_embeds.shape[0], past_length + queries)
+        if attention_mask.shape != expected:
+            raise ValueError(
+                f"`attention_mask`: expected [batch, cached + new tokens] = {list(expected)}, "
+                f"got {list(attention_mask.shape)}."
+            )
+        # without padding the kernels need no mask at all
+        if attention_mask.all():
+            return dict.fromkeys(self.config.layer_types)
+        masks = {}
+        for index, layer_type in enumerate(self.config.layer_types):
+            if layer_type not in masks:
+                length, offset = queries, 0
+                if past_key_values is not None:
+                    length, offset = past_key_values.get_mask_sizes(queries, index)
+                masks[layer_type] = attention_mask[:, offset : offset + length].bool()
+        return masks
+
+    def check_lengths(self, past_key_values: Cache | None, queries: int) -> None:
+        """Raises a `ValueError` for a cache of another config or a context beyond `max_position_embeddings`."""
+        if isinstance(past_key_values, HybridCache):
+            past_key_values.check_config(self.config)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past_length + queries > self.config.max_position_embeddings:
+            raise ValueError(
+                f"context: expected at most max_position_embeddings={self.config.max_position_embeddings} tokens, "
+                f"got {past_length} cached + {queries} new."
+            )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, S] token ids, or `inputs_embeds` [B, S, hidden] instead.
+            attention_mask: [B, cached + S], 0 for padding on either side; fully padded rows are allowed.
+            position_ids: [B, S]; plain 1-D positions for every modality.
+            past_key_values: a `HybridCache` or any Transformers cache; made here when `use_cache` asks for one.
+
+        Returns:
+            `last_hidden_state` [B, S, hidden] after the final norm, and the cache.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask of another shape; a cache of
+                another config; a context beyond `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("`input_ids`, `inputs_embeds`: expected exactly one of the two.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = HybridCache(self.config)
+        self.check_lengths(past_key_values, inputs_embeds.shape[1])
+        masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
+        if position_ids is None:
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+        rotary = {
+            layer_type: self.rotary_emb(inputs_embeds, position_ids, layer_type)
+            for layer_type in dict.fromkeys(self.config.layer_types)
+        }
+        hidden_states = inputs_embeds
+        for layer, layer_type in zip(self.layers, self.config.layer_types):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=rotary[layer_type],
+                attention_mask=masks[layer_type],
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+@auto_docstring
+class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
+    """MiMo-V2 with its language-model head.
+
+    ```python
+    >>> import modeling_mimo
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    >>> model = AutoModelForCausalLM.from_pretrained("path/to/MiMo-V2.5", device_map="auto")
+    >>> tokenizer = AutoTokenizer.from_pretrained("path/to/MiMo-V2.5")
+    >>> inputs = tokenizer("The quick brown fox", return_tensors="pt").to(model.device)
+    >>> print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    create_masks_for_generate = staticmethod(explicit_masks)
+
+    def __init__(self, config: MiMoV2Config):
+        super().__init__(config)
+        self.model = MiMoV2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # the default cache of this model; a cache or a cache_implementation that the user names is left alone
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HybridCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels: [B, S] token ids, -100 where no loss is wanted; shifted inside.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for these positions.
+
+        The other arguments and the errors are those of `MiMoV2Model.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = ["MiMoV2ForCausalLM", "MiMoV2Model", "MiMoV2PreTrainedModel"]

@@ -1,0 +1,315 @@
+# Copyright 2026 The modeling-mimo authors.
+#
+# Licensed under the MIT License (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     https://opensource.org/license/mit
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What text, vision and audio share: norm, gated MLP, rotary application and the one attention primitive."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+# query rows per step of masked global attention: bounds the mask at 512 x keys instead of queries x keys
+QUERY_BLOCK = 512
+
+# sliding blocks handled in one kernel call; 64 blocks of 128 queries keep the masks of a step near 4 MB
+BLOCKS_PER_STEP = 64
+
+
+class MiMoV2RMSNorm(nn.Module):
+    """Root mean square norm in float32; the weight multiplies after the cast back, as in the publisher's code."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.float()
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * states.to(hidden_states.dtype)
+
+
+class MiMoV2MLP(nn.Module):
+    """Gated MLP: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def apply_rotary_(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first `cos.shape[-1]` dims of `states` [B, heads, S, D] in halves (NeoX), in place.
+
+    `cos` and `sin`: [B or 1, S, rotary dims], of the frequencies written twice side by side. In place because two
+    thirds of a query or key pass through; copying them costs more than the rotation.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotary = states[..., : cos.shape[-1]]
+    first, second = rotary.chunk(2, dim=-1)
+    rotary.copy_(rotary * cos + torch.cat((-second, first), dim=-1) * sin)
+    return states
+
+
+def causal_mask(
+    key_mask: torch.Tensor | None, query_length: int, key_length: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Which key each query sees, [B or 1, 1, queries, keys] bool.
+
+    The last query is aligned with the last key. `key_mask`: [B, keys] bool, False for padding, None for no padding.
+    `window`: number of keys a query sees, itself included.
+    """
+    queries = torch.arange(key_length - query_length, key_length, device=device)[:, None]
+    keys = torch.arange(key_length, device=device)[None, :]
+    visible = keys <= queries
+    if window is not None:
+        visible = visible & (keys > queries - window)
+    visible = visible[None, None]
+    return visible if key_mask is None else visible & key_mask[:, None, None, :]
+
+
+def softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Float32 softmax over the last dim of `scores` [B, heads, queries, keys], -inf where a key is not seen.
+
+    `sinks` [heads] is one more logit per head that takes probability and gives no value. A query that sees no key
+    gets zeros, never NaN.
+    """
+    top = scores.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.float().view(1, -1, 1, 1)
+        top = torch.maximum(top, sinks)
+    top = top.clamp(min=torch.finfo(torch.float32).min).detach()
+    weights = torch.exp(scores - top)
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    return weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention written out: the oracle for the fast path, and the one that returns attention weights.
+
+    Args:
+        query: [B, heads, queries, D]. key: [B, kv heads, keys, D]. value: [B, kv heads, keys, Dv].
+        attention_mask: [B, keys], nonzero for real keys; or [B or 1, 1, queries, keys] with causality and window
+            already in it, bool or additive; or None.
+        s_aux: sink logits [heads] or None.
+
+    Returns:
+        Output [B, queries, heads, Dv] and weights [B, heads, queries, keys] (without the sink's share).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype != torch.bool:
+        # additive masks mark hidden keys by the smallest number of their dtype
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    elif attention_mask is None or attention_mask.dim() == 2:
+        key_mask = None if attention_mask is None else attention_mask.bool()
+        attention_mask = causal_mask(key_mask, query.shape[2], key.shape[2], sliding_window, query.device)
+    weights = softmax_with_sinks(scores.masked_fill(~attention_mask, -math.inf), s_aux)
+    weights = F.dropout(weights, p=dropout, training=module.training).to(value.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class FlashWithSinks(torch.autograd.Function):
+    """PyTorch's CPU flash kernel with values of another width than keys, and sinks merged through the log-sum-exp.
+
+    A sink adds exp(sink) to the softmax denominator, so `out * sigmoid(lse - sink)` is exact. The kernel's backward
+    is the exact one as well when it is handed the merged output and the merged log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, mask, is_causal, scaling):
+        # the kernel wants one head dim; zero columns change nothing
+        padding = (0, key.shape[-1] - value.shape[-1])
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, F.pad(value, padding), 0.0, is_causal, attn_mask=mask, scale=scaling
+        )
+        out = out[..., : value.shape[-1]]
+        if sinks is not None:
+            sink = sinks.to(lse.dtype).view(1, -1, 1)
+            out = (out * torch.sigmoid(lse - sink)[..., None]).to(out.dtype)
+            lse = torch.logaddexp(lse, sink)
+        ctx.save_for_backward(query, key, value, sinks, mask, out, lse)
+        ctx.is_causal, ctx.scaling, ctx.padding = is_causal, scaling, padding
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, sinks, mask, out, lse = ctx.saved_tensors
+        padded = [F.pad(tensor, ctx.padding) for tensor in (grad, value, out)]
+        grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            padded[0], query, key, *padded[1:], lse, 0.0, ctx.is_causal, attn_mask=mask, scale=ctx.scaling
+        )
+        grad_sinks = None
+        if sinks is not None:
+            share = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
+            grad_sinks = -(share * (grad.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
+        return grad_query, grad_key, grad_value[..., : value.shape[-1]], grad_sinks, None, None, None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One kernel call: [B, heads, queries, D] x [B, kv heads, keys, D] -> [B, heads, queries, Dv].
+
+    `visible`: [B or 1, 1, queries, keys] bool or None. `is_causal` needs as many queries as keys and no `visible`.
+    """
+    if query.device.type == "cpu":
+        mask = None
+        if visible is not None:
+            mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -math.inf)
+            mask = mask.expand(query.shape[0], -1, -1, -1)
+        return FlashWithSinks.apply(query, key, value, sinks, mask, is_causal, scaling)
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, is_causal=is_causal, scale=scaling, enable_gqa=True
+        )
+    # no fused kernel that PyTorch ships takes sinks off the CPU; the callers hand over short key blocks only
+    groups = query.shape[1] // key.shape[1]
+    scores = (query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)).float() * scaling
+    if is_causal:
+        visible = causal_mask(None, query.shape[2], key.shape[2], None, query.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return softmax_with_sinks(scores, sinks).to(value.dtype) @ value.repeat_interleave(groups, dim=1)
+
+
+def decode_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tensor:
+    """One query per sequence: [B, heads, 1, D] -> [B, heads, 1, Dv]. The heads of a KV group form one small matrix,
+    so keys and values are read once and never expanded."""
+    batch, heads, _, dim = query.shape
+    grouped = query.view(batch, key.shape[1], heads // key.shape[1], dim)
+    scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scaling
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
+    weights = softmax_with_sinks(scores.view(batch, heads, 1, -1), sinks).view_as(scores)
+    return torch.matmul(weights.to(value.dtype), value).view(batch, heads, 1, -1)
+
+
+def global_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tensor:
+    """Causal attention over all keys, [B, heads, queries, Dv]; a mask exists for one block of queries at a time."""
+    queries, keys = query.shape[2], key.shape[2]
+    if key_mask is None and queries == keys:
+        return attend(query, key, value, None, True, scaling, sinks)
+    outputs = []
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        end = keys - queries + stop
+        block_mask = None if key_mask is None else key_mask[:, :end]
+        visible = causal_mask(block_mask, stop - start, end, None, query.device)
+        block = attend(query[:, :, start:stop], key[:, :, :end], value[:, :, :end], visible, False, scaling, sinks)
+        outputs.append(block)
+    return torch.cat(outputs, dim=2)
+
+
+def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> torch.Tensor:
+    """Causal attention over the last `window` keys, [B, heads, queries, Dv], in time and memory linear in the length.
+
+    Queries are cut into blocks of `window`; a block sees its own keys and the `window - 1` before it. The blocks of
+    one sequence are strided views that join the batch dimension of the kernel.
+    """
+    batch, heads, queries, _ = query.shape
+    blocks = -(-queries // window)
+    tail = blocks * window - queries
+    # after padding, block b's keys are rows [b * window, b * window + span)
+    span = 2 * window - 1
+    front = window - 1 - (key.shape[2] - queries)
+    if front < 0:
+        key, value = key[:, :, -front:], value[:, :, -front:]
+        key_mask = None if key_mask is None else key_mask[:, -front:]
+    front, kept = max(front, 0), key.shape[2]
+    if tail:
+        query = F.pad(query, (0, 0, 0, tail))
+    query = query.unflatten(2, (blocks, window)).transpose(1, 2)
+    key = F.pad(key, (0, 0, front, tail)).unfold(2, span, window).permute(0, 2, 1, 4, 3)
+    value = F.pad(value, (0, 0, front, tail)).unfold(2, span, window).permute(0, 2, 1, 4, 3)
+    if key_mask is None:
+        key_mask = torch.ones(1, kept, dtype=torch.bool, device=query.device)
+    key_mask = F.pad(key_mask, (front, tail)).unfold(1, span, window)
+    rows = torch.arange(window, device=query.device)[:, None]
+    offsets = torch.arange(span, device=query.device)[None, :]
+    band = (offsets >= rows) & (offsets < rows + window)
+    outputs = []
+    for row in range(batch):
+        row_mask = key_mask[row if key_mask.shape[0] > 1 else 0]
+        for start in range(0, blocks, BLOCKS_PER_STEP):
+            step = slice(start, start + BLOCKS_PER_STEP)
+            visible = (band & row_mask[step, None, :])[:, None]
+            outputs.append(attend(query[row, step], key[row, step], value[row, step], visible, False, scaling, sinks))
+    output = torch.cat(outputs).view(batch, blocks, heads, window, -1).transpose(1, 2)
+    return output.reshape(batch, heads, blocks * window, -1)[:, :, :queries]
+
+
+def sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Same contract and numbers as `eager_attention_forward`, without weights and without a queries x keys matrix.
+
+    Explicit 4-D masks and attention dropout take the eager path: right, quadratic in memory.
+    """
+    explicit_mask = attention_mask is not None and attention_mask.dim() == 4
+    if explicit_mask or (dropout > 0 and module.training):
+        return eager_attention_forward(
+            module, query, key, value, attention_mask, scaling, dropout, sliding_window, s_aux
+        )
+    key_mask = None if attention_mask is None else attention_mask.bool()
+    queries, keys = query.shape[2], key.shape[2]
+    if sliding_window is not None and queries == 1 and keys > sliding_window:
+        key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
+        key_mask = None if key_mask is None else key_mask[:, -sliding_window:]
+    if queries == 1:
+        output = decode_attention(query, key, value, key_mask, scaling, s_aux)
+    elif sliding_window is None or keys <= sliding_window:
+        output = global_attention(query, key, value, key_mask, scaling, s_aux)
+    else:
+        output = sliding_attention(query, key, value, key_mask, sliding_window, scaling, s_aux)
+    return output.transpose(1, 2), None
+
+
+__all__ = ["MiMoV2MLP", "MiMoV2RMSNorm"]

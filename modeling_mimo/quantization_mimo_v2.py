@@ -1,0 +1,287 @@
+"""FP8 checkpoints: dequantized while loading, kept as FP8 and dequantized at use, or handed to Hopper's FP8 kernels.
+
+Transformers' own FP8 quantizer cannot read these files (its blocks are counted over the whole tensor, not per QKV
+chunk) and always dequantizes off CUDA; its linear and expert kernels are used as they are where the GPU has FP8.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import FineGrainedFP8Config
+
+from .configuration_mimo_v2 import QUANT_METHOD, MiMoV2Config
+from .fp8_mimo_v2 import dequantize_blocks, dequantize_chunks, pad_chunks, unpad_chunks
+from .modeling_mimo_v2_text import MiMoV2Attention, MiMoV2Experts
+from .weight_mapping_mimo_v2 import FP8_BLOCK, expert_conversions
+
+
+LINEAR_NAMES = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+BLOCK_SIZE = (FP8_BLOCK, FP8_BLOCK)
+
+
+class MiMoV2FP8Config(FineGrainedFP8Config):
+    """How to load a released FP8 checkpoint.
+
+    Args:
+        dequantize (`bool`, *optional*):
+            `True`: weights become the model's dtype while loading. `False`: they stay FP8 in memory and are
+            dequantized at use, with exactly the same numbers; on Hopper and later GPUs Transformers' FP8 kernels run
+            instead, which also quantize activations. `None`: `False` on Hopper and later, else `True`.
+        released (`dict`):
+            The entries of the checkpoint's own `quantization_config`, written again on save.
+
+    ```python
+    >>> model = AutoModelForCausalLM.from_pretrained(path, quantization_config=MiMoV2FP8Config(dequantize=False))
+    ```
+    """
+
+    def __init__(self, dequantize: bool | None = None, **released):
+        released.pop("quant_method", None)
+        super().__init__(weight_block_size=tuple(released.get("weight_block_size", BLOCK_SIZE)))
+        self.quant_method = QUANT_METHOD
+        self.dequantize = dequantize
+        self.released = released
+        if self.weight_block_size != BLOCK_SIZE:
+            raise ValueError(f"`weight_block_size`: expected {BLOCK_SIZE}, got {self.weight_block_size}.")
+        # CODEPATH: V2.6 stores its experts as mxfp4, every other release as fp8
+        if released.get("store_dtype", "fp8") != "fp8":
+            raise NotImplementedError(
+                f"`store_dtype`: only 'fp8' experts can be loaded so far, got {released['store_dtype']!r} (MiMo-V2.6)."
+            )
+
+    def to_dict(self):
+        return {**self.released, "quant_method": self.quant_method}
+
+    def get_loading_attributes(self):
+        return {"dequantize": self.dequantize}
+
+
+class MiMoV2FP8Linear(nn.Module):
+    """A linear layer whose weight stays FP8 with the scale grid of the files; dequantized at use.
+
+    Args:
+        chunks: row groups the scale blocks are counted in; the last block of a group may be partial.
+    """
+
+    def __init__(self, in_features: int, out_features: int, chunks: int = 1):
+        super().__init__()
+        self.in_features, self.out_features, self.chunks = in_features, out_features, chunks
+        scale_rows = chunks * -(-out_features // chunks // FP8_BLOCK)
+        weight = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(scale_rows, -(-in_features // FP8_BLOCK), dtype=torch.float32)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = dequantize_chunks(self.weight, self.weight_scale_inv, self.chunks, hidden_states.dtype)
+        return F.linear(hidden_states, weight)
+
+
+class MiMoV2FP8Experts(MiMoV2Experts):
+    """Stacked experts that stay FP8; each hit expert is dequantized when it runs."""
+
+    def __init__(self, config: MiMoV2Config):
+        super().__init__(config)
+        for name in ("gate_up_proj", "down_proj"):
+            experts, rows, columns = getattr(self, name).shape
+            # gate and up are two row groups with a scale grid each
+            chunks = 2 if name == "gate_up_proj" else 1
+            scale_rows = chunks * -(-rows // chunks // FP8_BLOCK)
+            weight = torch.empty(experts, rows, columns, dtype=torch.float8_e4m3fn)
+            scale = torch.empty(experts, scale_rows, -(-columns // FP8_BLOCK), dtype=torch.float32)
+            setattr(self, name, nn.Parameter(weight, requires_grad=False))
+            setattr(self, f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
+
+    def expert_weights(self, expert: int | torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up = dequantize_chunks(self.gate_up_proj[expert], self.gate_up_proj_scale_inv[expert], 2, dtype)
+        return gate_up, dequantize_blocks(self.down_proj[expert], self.down_proj_scale_inv[expert], dtype)
+
+    # the interchangeable experts functions of Transformers read the weights themselves: only the eager form knows FP8
+    forward = MiMoV2Experts.forward.__wrapped__
+
+
+class Dequantize(ConversionOps):
+    """`[weight, weight_scale_inv]` of one linear layer -> `weight` in the dtype of the model's parameter."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
+        weight, scale = (_only(input_dict.get(pattern)) for pattern in source_patterns)
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        dtype = module.weight.dtype
+        if scale is None:
+            return {full_layer_name: weight.to(dtype)}
+        return {full_layer_name: dequantize_chunks(weight, scale, _chunks(model, full_layer_name), dtype)}
+
+
+class DequantizeExperts(ConversionOps):
+    """Per-expert weights and scales -> one stacked tensor, written expert by expert into its final place."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
+        weight_patterns = [pattern for pattern in source_patterns if not pattern.endswith("_scale_inv")]
+        target = model.get_parameter(full_layer_name)
+        stacked = torch.empty(target.shape, dtype=target.dtype, device=input_dict[weight_patterns[0]][0].device)
+        for part, pattern in zip(stacked.chunk(len(weight_patterns), dim=1), weight_patterns):
+            weights, scales = input_dict.pop(pattern), input_dict.pop(f"{pattern}_scale_inv", None)
+            for expert in range(len(stacked)):
+                # dropping each source at once keeps the peak at one layer plus its FP8 codes
+                weight, weights[expert] = weights[expert], None
+                if scales is None:
+                    part[expert].copy_(weight)
+                else:
+                    dequantize_blocks(weight, scales[expert], target.dtype, out=part[expert])
+        return {full_layer_name: stacked}
+
+
+class PadChunks(ConversionOps):
+    """Fused QKV rows in FP8 -> each chunk padded to whole scale blocks, which makes the scale grid regular."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
+        (tensor,) = (_only(tensors) for tensors in input_dict.values())
+        return {target_patterns[0]: pad_chunks(tensor, _chunks(model, full_layer_name))}
+
+    @property
+    def reverse_op(self):
+        return UnpadChunks()
+
+
+class UnpadChunks(ConversionOps):
+    """Inverse of `PadChunks`."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
+        (tensor,) = (_only(tensors) for tensors in input_dict.values())
+        attention = model.get_submodule(full_layer_name.rpartition(".qkv_proj")[0])
+        chunks = _chunks(model, full_layer_name)
+        return {target_patterns[0]: unpad_chunks(tensor, chunks, sum(attention.geometry.qkv_sizes) // chunks)}
+
+    @property
+    def reverse_op(self):
+        return PadChunks()
+
+
+def _only(tensors):
+    return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def _chunks(model: nn.Module, name: str) -> int:
+    """Row groups that the scale grid of the named projection is counted in; `name` may end with a tensor's name."""
+    prefix, fused, _ = name.rpartition(".qkv_proj")
+    if not fused:
+        return 1
+    attention = model.get_submodule(prefix)
+    return attention.geometry.qkv_chunks if model.config.fused_qkv_layout != "plain" else 1
+
+
+def check_scales(slices: dict) -> None:
+    """Raises one `ValueError` naming every FP8 scale tensor that is not finite and non-negative.
+
+    `slices`: name -> lazy tensor of a checkpoint. A bad scale would spread NaN through one block of weights.
+    """
+    bad = []
+    for name, part in slices.items():
+        if name.endswith("_scale_inv"):
+            scale = part[...]
+            if not bool((scale.isfinite() & (scale >= 0)).all()):
+                bad.append(name)
+    if bad:
+        listed = ", ".join(bad[:20]) + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
+        raise ValueError(f"FP8 scales: expected finite, non-negative numbers, got others in {listed}.")
+
+
+def has_fp8_kernels() -> bool:
+    """Hopper or later: the compute capability that Transformers' FP8 matrix kernels are built for."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+class MiMoV2FP8Quantizer(HfQuantizer):
+    """Loads the released FP8 files; see `MiMoV2FP8Config` for the modes."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args, **kwargs):
+        if self.quantization_config.dequantize is None:
+            self.quantization_config.dequantize = not has_fp8_kernels()
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        return torch.bfloat16 if dtype is None else dtype
+
+    def get_new_dtype(self, converter, param, dtype):
+        # converters see the codes and scales as they are on disk; everything else is cast like in any checkpoint
+        return None if isinstance(converter, WeightConverter) else dtype
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        if self.quantization_config.dequantize:
+            return
+        for name, module in list(model.named_modules()):
+            parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if isinstance(module, MiMoV2Experts):
+                aligned = model.config.moe_intermediate_size % FP8_BLOCK == 0
+                kernels = has_fp8_kernels() and aligned
+                experts = FP8Experts(model.config, BLOCK_SIZE) if kernels else MiMoV2FP8Experts(model.config)
+                setattr(parent, leaf, experts)
+            elif isinstance(module, nn.Linear) and leaf in LINEAR_NAMES:
+                setattr(parent, leaf, self._fp8_linear(module.in_features, module.out_features, _chunks(model, name)))
+
+    def _fp8_linear(self, in_features: int, out_features: int, chunks: int) -> nn.Module:
+        if not has_fp8_kernels():
+            return MiMoV2FP8Linear(in_features, out_features, chunks)
+        rows = -(-out_features // chunks // FP8_BLOCK) * FP8_BLOCK * chunks
+        return FP8Linear(in_features, rows, BLOCK_SIZE)
+
+    def set_plain_layout(self, model) -> None:
+        """The files turned out to hold plain `[Q; K; V]` rows: FP8 projections get the one regular scale grid."""
+        model.config.fused_qkv_layout = "plain"
+        if self.quantization_config.dequantize:
+            return
+        with torch.device("meta"):
+            for module in model.modules():
+                if isinstance(module, MiMoV2Attention):
+                    rows = sum(module.geometry.qkv_sizes)
+                    module.qkv_proj = self._fp8_linear(module.qkv_proj.in_features, rows, chunks=1)
+
+    def update_weight_conversions(self, weight_conversions, model):
+        """The FP8 form of the checkpoint's table; it takes the place of the plain expert conversions."""
+        others = [entry for entry in weight_conversions if not isinstance(entry, WeightConverter)]
+        if self.quantization_config.dequantize:
+            experts = [
+                WeightConverter(
+                    [source + suffix for source in plain.source_patterns for suffix in ("", "_scale_inv")],
+                    plain.target_patterns,
+                    [DequantizeExperts()],
+                )
+                for plain in expert_conversions()
+            ]
+            linears = [
+                WeightConverter([f"{name}.weight", f"{name}.weight_scale_inv"], f"{name}.weight", [Dequantize()])
+                for name in LINEAR_NAMES
+            ]
+            return others + experts + linears
+        padded = [WeightConverter("qkv_proj.weight", "qkv_proj.weight", [PadChunks()])] if has_fp8_kernels() else []
+        return others + expert_conversions() + expert_conversions("_scale_inv") + padded
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.quantization_config.dequantize:
+            # saving then reverses the plain table: the loader's own reversal fails on dequantizing converters
+            del model._weight_conversions
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+# a second copy of this file (Hub remote code) finds the first one's registration and leaves it
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(QUANT_METHOD)(MiMoV2FP8Config)
+    register_quantizer(QUANT_METHOD)(MiMoV2FP8Quantizer)
+
+
+__all__ = ["MiMoV2FP8Config", "MiMoV2FP8Quantizer"]

@@ -1,0 +1,226 @@
+"""Which tensors a MiMo-V2 checkpoint holds, and which parameter of the model each one becomes: data, no files.
+
+`released_tensors` is the one table. Loading checks the headers of the files against it, the meta-device test checks
+the model against it, and conversion runs it in both directions. The module names of the model are the released
+names; only routed experts differ, which are stacked into two tensors per layer.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from .configuration_mimo_v2 import AttentionGeometry, MiMoV2Config
+
+
+# rows and columns of one FP8 scale block in every release
+FP8_BLOCK = 128
+
+# parts of a checkpoint that this version of the package has no modules for: known by name, left in the files
+NOT_LOADED_PARTS = ("mtp", "vision", "audio")
+
+
+class ReleasedTensor(NamedTuple):
+    """One weight of a released checkpoint.
+
+    `quantized` says that it is FP8 in the FP8 releases, with a `<name>_scale_inv` beside it; `chunks` is the number
+    of row groups its scale blocks are counted in (the TP shards of a fused projection, else 1). `target` is the
+    parameter it is loaded into, None for a part without modules.
+    """
+
+    shape: tuple[int, ...]
+    part: str
+    target: str | None
+    quantized: bool = False
+    chunks: int = 1
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Shape of the scale grid: blocks of 128 rows are counted inside each chunk, the last one may be partial."""
+        rows, columns = self.shape
+        return self.chunks * -(-rows // self.chunks // FP8_BLOCK), -(-columns // FP8_BLOCK)
+
+
+def expert_conversions(suffix: str = "") -> list[WeightConverter]:
+    """Per-expert tensors of the files to and from the two stacked tensors of a layer, for Transformers' loader.
+
+    Args:
+        suffix: `""` for the weights, `"_scale_inv"` for the scale grids that FP8 modules keep beside them.
+    """
+    return [
+        WeightConverter(
+            [f"mlp.experts.*.gate_proj.weight{suffix}", f"mlp.experts.*.up_proj.weight{suffix}"],
+            f"mlp.experts.gate_up_proj{suffix}",
+            [MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            f"mlp.experts.*.down_proj.weight{suffix}",
+            f"mlp.experts.down_proj{suffix}",
+            [MergeModulelist(dim=0)],
+        ),
+    ]
+
+
+def released_tensors(config: MiMoV2Config, fused_qkv_layout: str = "chunked") -> dict[str, ReleasedTensor]:
+    """Every weight of the checkpoint that `config` describes, by released name, without FP8 scales.
+
+    Args:
+        fused_qkv_layout: `"chunked"` or `"plain"`; changes the scale grid of a fused projection, not its shape.
+
+    Raises:
+        ValueError: a vision or audio config without a field that the shapes need.
+    """
+    tensors = dict(_text_tensors(config, fused_qkv_layout))
+    tensors.update(_mtp_tensors(config, fused_qkv_layout))
+    for field, part_config, table in (
+        ("vision_config", config.vision_config, _vision_tensors),
+        ("audio_config", config.audio_config, _audio_tensors),
+    ):
+        try:
+            tensors.update(table(part_config) if part_config is not None else ())
+        except KeyError as error:
+            raise ValueError(f"`{field}[{error}]`: expected a value, got nothing.") from error
+    return tensors
+
+
+def _text_tensors(config: MiMoV2Config, layout: str) -> Iterator[tuple[str, ReleasedTensor]]:
+    hidden = config.hidden_size
+
+    def same(name: str, shape: tuple[int, ...], part: str) -> tuple[str, ReleasedTensor]:
+        return name, ReleasedTensor(shape, part, name)
+
+    yield same("model.embed_tokens.weight", (config.vocab_size, hidden), "embeddings")
+    yield same("model.norm.weight", (hidden,), "norms")
+    if not config.tie_word_embeddings:
+        yield same("lm_head.weight", (config.vocab_size, hidden), "embeddings")
+    for index, (layer_type, mlp_type) in enumerate(zip(config.layer_types, config.mlp_layer_types)):
+        layer = f"model.layers.{index}"
+        yield same(f"{layer}.input_layernorm.weight", (hidden,), "norms")
+        yield same(f"{layer}.post_attention_layernorm.weight", (hidden,), "norms")
+        geometry = config.attention_geometry(layer_type)
+        yield from _attention_tensors(f"{layer}.self_attn", config, geometry, layout, "attention")
+        if mlp_type == "dense":
+            yield from _mlp_tensors(f"{layer}.mlp", hidden, config.intermediate_size, "dense_mlp")
+            continue
+        yield same(f"{layer}.mlp.gate.weight", (config.n_routed_experts, hidden), "router")
+        yield same(f"{layer}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,), "router")
+        for expert in range(config.n_routed_experts):
+            yield from _expert_tensors(f"{layer}.mlp.experts", expert, config)
+
+
+def _attention_tensors(
+    prefix: str, config: MiMoV2Config, geometry: AttentionGeometry, layout: str, part: str
+) -> Iterator[tuple[str, ReleasedTensor]]:
+    hidden, sizes = config.hidden_size, geometry.qkv_sizes
+    # CODEPATH: V2.5, V2.5-Pro and V2.6 are fused, V2-Flash is split
+    if config.attention_projection_layout == "fused_qkv":
+        chunks = 1 if layout == "plain" else geometry.qkv_chunks
+        name = f"{prefix}.qkv_proj.weight"
+        yield name, ReleasedTensor((sum(sizes), hidden), part, name, True, chunks)
+    else:
+        for letter, rows in zip("qkv", sizes):
+            name = f"{prefix}.{letter}_proj.weight"
+            yield name, ReleasedTensor((rows, hidden), part, name, True)
+    if config.attention_bias:
+        # no release has attention biases; the remote code allows them on the split projections
+        for letter, rows in zip("qkv", sizes):
+            yield f"{prefix}.{letter}_proj.bias", ReleasedTensor((rows,), part, f"{prefix}.{letter}_proj.bias")
+    name = f"{prefix}.o_proj.weight"
+    yield name, ReleasedTensor((hidden, geometry.num_heads * geometry.v_head_dim), part, name)
+    if geometry.has_sinks:
+        name = f"{prefix}.attention_sink_bias"
+        yield name, ReleasedTensor((geometry.num_heads,), "sinks" if part == "attention" else part, name)
+
+
+def _mlp_tensors(prefix: str, hidden: int, intermediate: int, part: str) -> Iterator[tuple[str, ReleasedTensor]]:
+    for name, shape in (
+        ("gate_proj", (intermediate, hidden)),
+        ("up_proj", (intermediate, hidden)),
+        ("down_proj", (hidden, intermediate)),
+    ):
+        name = f"{prefix}.{name}.weight"
+        yield name, ReleasedTensor(shape, part, name, True)
+
+
+def _expert_tensors(prefix: str, expert: int, config: MiMoV2Config) -> Iterator[tuple[str, ReleasedTensor]]:
+    stacked = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+    for name, tensor in _mlp_tensors(
+        f"{prefix}.{expert}", config.hidden_size, config.moe_intermediate_size, "experts"
+    ):
+        projection = name.rsplit(".", 2)[1]
+        yield name, tensor._replace(target=f"{prefix}.{stacked[projection]}")
+
+
+def _mtp_tensors(config: MiMoV2Config, layout: str) -> Iterator[tuple[str, ReleasedTensor]]:
+    """Draft heads: a sliding layer with a dense MLP each, no embedding and no head of their own."""
+    hidden = config.hidden_size
+    geometry = config.attention_geometry("sliding_attention")
+    for index in range(config.num_mtp_layers):
+        layer = f"model.mtp.layers.{index}"
+        tensors = dict(_attention_tensors(f"{layer}.self_attn", config, geometry, layout, "mtp"))
+        tensors.update(_mlp_tensors(f"{layer}.mlp", hidden, config.intermediate_size, "mtp"))
+        tensors[f"{layer}.eh_proj.weight"] = ReleasedTensor((hidden, 2 * hidden), "mtp", None)
+        for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
+            tensors[f"{layer}.{norm}.weight"] = ReleasedTensor((hidden,), "mtp", None)
+        for name, tensor in tensors.items():
+            yield name, tensor._replace(target=None)
+
+
+def _vision_tensors(vision: dict) -> Iterator[tuple[str, ReleasedTensor]]:
+    """364 tensors in V2.5: head_dim 64, biases on qkv, proj and mlp, sinks on windowed blocks, a bias-free merger."""
+    hidden, intermediate, head_dim = vision["hidden_size"], vision["intermediate_size"], 64
+    query, key_value = vision["num_heads"] * head_dim, vision["num_key_value_heads"] * head_dim
+    patch = (vision["temporal_patch_size"], vision["patch_size"], vision["patch_size"])
+    shapes = {"patch_embed.proj.weight": (hidden, vision["in_chans"], *patch)}
+    for index in range(vision["depth"]):
+        block = f"blocks.{index}"
+        shapes |= {f"{block}.norm1.weight": (hidden,), f"{block}.norm2.weight": (hidden,)}
+        for name, rows, columns in (
+            ("attn.qkv", query + 2 * key_value, hidden),
+            ("attn.proj", hidden, query),
+            ("mlp.gate_proj", intermediate, hidden),
+            ("mlp.up_proj", intermediate, hidden),
+            ("mlp.down_proj", hidden, intermediate),
+        ):
+            shapes |= {f"{block}.{name}.weight": (rows, columns), f"{block}.{name}.bias": (rows,)}
+        if vision["use_sink"] and index not in vision["fullatt_block_indexes"]:
+            shapes[f"{block}.attn.sinks"] = (vision["num_heads"],)
+    merged = hidden * vision["spatial_merge_size"] ** 2
+    shapes |= {
+        "merger.ln_q.weight": (hidden,),
+        "merger.mlp.0.weight": (merged, merged),
+        "merger.mlp.2.weight": (vision["out_hidden_size"], merged),
+    }
+    for name, shape in shapes.items():
+        yield f"visual.{name}", ReleasedTensor(shape, "vision", None)
+
+
+def _audio_tensors(audio: dict) -> Iterator[tuple[str, ReleasedTensor]]:
+    """95 tensors in V2.5: 20 code embeddings, a 6-layer local transformer, a two-layer projection."""
+    dim, intermediate = audio["input_local_dim"], audio["input_local_intermediate_size"]
+    heads = audio["input_local_attn_heads"] * audio["input_local_head_dim"]
+    # released as strings
+    rows = int(audio["speech_vocab_size"])
+    shapes = {f"speech_embeddings.{index}.weight": (rows, dim) for index in range(audio["audio_channels"])}
+    for index in range(audio["input_local_layers"]):
+        layer = f"audio_encoder.input_local_transformer.layers.{index}"
+        shapes |= {f"{layer}.input_layernorm.weight": (dim,), f"{layer}.post_attention_layernorm.weight": (dim,)}
+        for letter in "qkv":
+            shapes |= {
+                f"{layer}.self_attn.{letter}_proj.weight": (heads, dim),
+                f"{layer}.self_attn.{letter}_proj.bias": (heads,),
+            }
+        shapes |= {
+            f"{layer}.self_attn.o_proj.weight": (dim, heads),
+            f"{layer}.mlp.gate_proj.weight": (intermediate, dim),
+            f"{layer}.mlp.up_proj.weight": (intermediate, dim),
+            f"{layer}.mlp.down_proj.weight": (dim, intermediate),
+        }
+    grouped = dim * audio["group_size"]
+    shapes |= {
+        "audio_encoder.input_local_transformer.norm.weight": (dim,),
+        "audio_encoder.projection.mlp.0.weight": (grouped * 4, grouped),
+        "audio_encoder.projection.mlp.2.weight": (audio["out_hidden_size"], grouped * 4),
+    }
+    for name, shape in shapes.items():
+        yield name, ReleasedTensor(shape, "audio", None)
