@@ -1,1 +1,1 @@
-"""Small checkpoints in the released format, their tokenizer, FP8 quantization; `modeling_mimo.conversion` when installed."""
+"""Small checkpoints in the released format, their tokenizer, FP8 quantization."""

@@ -181,7 +181,7 @@ class _BufferedCacheLayer(CacheLayerMixin):
 
 
 class GlobalCacheLayer(_BufferedCacheLayer):
-    """Keeps every token in buffers that grow by half, `[batch, kv_heads, capacity, width]`.
+    """Keeps every token in buffers that grow by an eighth, `[batch, kv_heads, capacity, width]`.
 
     Args:
         storage_dtype: `None`, or a float8 dtype: stored as bytes plus one fp32 scale per token and head.
@@ -218,10 +218,9 @@ class GlobalCacheLayer(_BufferedCacheLayer):
         old_capacity = self.buffers[0].shape[2]
         if rows <= old_capacity and self.total >= self.protected and self.buffers[0].device == device:
             return
-        # A prefill of n tokens takes about n rows; growth by half keeps appending O(1) per token
-        capacity = rows + max(256, rows // 8)
-        if rows > old_capacity:
-            capacity = max(capacity, old_capacity + old_capacity // 2)
+        # A prefill of n tokens takes about n rows; growth by an eighth keeps appending O(1) per token and the room to
+        # spare below an eighth of what is stored
+        capacity = max(rows + 256, old_capacity + old_capacity // 8)
         grown = []
         for buffer, live in zip(self.buffers, self.live_rows()):
             grown.append(self._allocate(buffer, buffer.shape[0], capacity, device))

@@ -167,6 +167,15 @@ def read_index(path: str | Path) -> dict[str, str]:
     return weight_map
 
 
+def check_file_names(weight_map: dict[str, str]) -> None:
+    """Raises a `CheckpointError` for an index whose files are not plain names, i.e. may lie outside its folder."""
+    outside = sorted({repr(file) for file in weight_map.values() if not _is_plain_file_name(file)})
+    if outside:
+        raise CheckpointError(
+            [f"{INDEX_NAME}: expected plain file names, got paths ({len(outside)}): {_listing(outside)}"]
+        )
+
+
 def _is_plain_file_name(name: str) -> bool:
     return name not in ("", ".", "..") and not any(mark in name for mark in ("/", "\\", ":", "\0"))
 
@@ -442,9 +451,11 @@ def sum_parts(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo]) 
 
 __all__ = [
     "Checkpoint",
+    "CheckpointError",
     "CheckpointReport",
     "PartTotals",
     "TensorInfo",
+    "check_file_names",
     "check_tensors",
     "find_layout",
     "read_header",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import auto_docstring
 
 
@@ -37,6 +38,24 @@ UNREAD_KEYS = ("attention_chunk_size", "hybrid_block_size", "vision_model_type")
 
 # any of these keys marks the released spelling
 RELEASED_MARKS = ("hybrid_layer_pattern", "moe_layer_freq", "layernorm_epsilon", "swa_rope_theta")
+
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "v_head_dim",
+    "swa_num_attention_heads",
+    "swa_num_key_value_heads",
+    "swa_head_dim",
+    "swa_v_head_dim",
+    "sliding_window",
+    "max_position_embeddings",
+)
 
 # `quant_method` of the released files, and the name our quantizer is registered under
 RELEASED_QUANT_METHOD = "fp8"
@@ -77,7 +96,7 @@ def _decode_pattern(field: str, codes: list, names: dict[int, str], num_hidden_l
         got = f"{len(codes)} entries" if isinstance(codes, (list, tuple)) else repr(codes)
         raise ValueError(f"`{field}`: expected a list of num_hidden_layers={num_hidden_layers} codes, got {got}.")
     for index, code in enumerate(codes):
-        if code not in names:
+        if not isinstance(code, (int, str)) or code not in names:
             raise ValueError(f"`{field}[{index}]`: expected one of {sorted(names)}, got {code!r}.")
     return [names[code] for code in codes]
 
@@ -116,7 +135,7 @@ class MiMoV2Config(PreTrainedConfig):
     swa_num_attention_heads (`int`, *optional*):
         Query heads of the sliding layers; those of the global layers if left out.
     swa_num_key_value_heads (`int`, *optional*):
-        KV heads of the sliding layers; those of the global layers (V2-Flash: twice as many) if left out.
+        KV heads of the sliding layers; twice those of the global layers if left out.
     swa_head_dim (`int`, *optional*):
         Width of queries and keys in the sliding layers; that of the global layers if left out.
     swa_v_head_dim (`int`, *optional*):
@@ -254,9 +273,11 @@ class MiMoV2Config(PreTrainedConfig):
                 raise ValueError(f"`{key}`: expected one of {list(expected)}, the released architecture, got {got!r}.")
         if any(key in kwargs for key in RELEASED_MARKS):
             self._read_released_keys(kwargs)
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, (str, int, list)):
+            raise ValueError(f"`quantization_config`: expected a dictionary or nothing, got {quantization!r}.")
         self._fill_defaults(kwargs.get("model_type", self.model_type) == FLASH_MODEL_TYPE)
         super().__post_init__(**kwargs)
-        quantization = kwargs.get("quantization_config")
         # CODEPATH: every FP8 release (V2.5, V2.5-Pro, V2-Flash, V2.6) says "fp8"; bf16 re-exports have no entry
         if isinstance(quantization, dict) and quantization.get("quant_method") == RELEASED_QUANT_METHOD:
             self.quantization_config = {**quantization, "quant_method": QUANT_METHOD}
@@ -273,8 +294,10 @@ class MiMoV2Config(PreTrainedConfig):
         for released, canonical in RENAMED_KEYS.items():
             if (value := kwargs.pop(released, None)) is not None:
                 setattr(self, canonical, value)
-        if (window := kwargs.pop("sliding_window_size", None)) is not None:
-            self.sliding_window = window
+        if (window := kwargs.pop("sliding_window_size", self.sliding_window)) != self.sliding_window:
+            raise ValueError(
+                f"`sliding_window_size`: expected the value of sliding_window={self.sliding_window}, got {window!r}."
+            )
         if not self.sliding_window_includes_query:
             self.sliding_window += 1
         self._read_released_rope(kwargs)
@@ -284,7 +307,10 @@ class MiMoV2Config(PreTrainedConfig):
     def _read_released_rope(self, kwargs: dict[str, Any]) -> None:
         """`rope_theta`, `swa_rope_theta`, `partial_rotary_factor` -> one rope dictionary per layer type."""
         # CODEPATH: V2.6 has a flat `rope_parameters`, V2.5 a `rope_scaling`; both only repeat the default rope type
-        flat = {**(kwargs.pop("rope_scaling", None) or {}), **(self.rope_parameters or {})}
+        scaling = kwargs.pop("rope_scaling", None)
+        if scaling is not None and not isinstance(scaling, dict):
+            raise ValueError(f"`rope_scaling`: expected a dictionary or nothing, got {scaling!r}.")
+        flat = {**(scaling or {}), **(self.rope_parameters or {})}
         thetas = {
             "full_attention": kwargs.pop("rope_theta", flat.get("rope_theta")),
             "sliding_attention": kwargs.pop("swa_rope_theta", None),
@@ -321,8 +347,8 @@ class MiMoV2Config(PreTrainedConfig):
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334},
             }
         if self.swa_num_key_value_heads is None:
-            # CODEPATH: a V2-Flash config without swa_* keys has twice the KV heads in sliding layers; others the same
-            self.swa_num_key_value_heads = self.num_key_value_heads * (2 if is_flash else 1)
+            # as in V2.5 and V2-Flash; Transformers' V2-Flash config has no key for it
+            self.swa_num_key_value_heads = self.num_key_value_heads * 2
         for field in ("num_attention_heads", "head_dim", "v_head_dim"):
             if getattr(self, f"swa_{field}") is None:
                 setattr(self, f"swa_{field}", getattr(self, field))
@@ -347,8 +373,17 @@ class MiMoV2Config(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}`: expected one of {choices}, got {getattr(self, name)!r}.")
+        for name in POSITIVE_FIELDS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}`: expected at least 1, got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act`: expected an activation of Transformers, got {self.hidden_act!r}.")
         for layer_type in ATTENTION_LAYER_CODES.values():
             self._validate_attention(layer_type)
+            self._validate_rope(layer_type)
+        self._validate_routing()
+
+    def _validate_routing(self) -> None:
         if not 0 < self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(
                 f"`num_experts_per_tok`: expected 1 to n_routed_experts={self.n_routed_experts}, "
@@ -358,6 +393,11 @@ class MiMoV2Config(PreTrainedConfig):
             raise ValueError(
                 f"`n_group`: expected a divisor of n_routed_experts={self.n_routed_experts} that is at least "
                 f"topk_group={self.topk_group}, got {self.n_group}."
+            )
+        if self.num_experts_per_tok > (eligible := self.n_routed_experts // self.n_group * self.topk_group):
+            raise ValueError(
+                f"`num_experts_per_tok`: expected at most the {eligible} experts of topk_group={self.topk_group} "
+                f"groups, got {self.num_experts_per_tok}."
             )
 
     def _validate_attention(self, layer_type: str) -> None:
@@ -374,22 +414,25 @@ class MiMoV2Config(PreTrainedConfig):
                 f"`{prefix}num_key_value_heads`: expected a multiple of the {geometry.qkv_chunks} chunks of a fused "
                 f"projection (num_key_value_heads), got {geometry.num_key_value_heads}."
             )
-        if geometry.window is not None and geometry.window < 1:
-            raise ValueError(f"`sliding_window`: expected at least 1 key, got {geometry.window}.")
+
+    def _validate_rope(self, layer_type: str) -> None:
         rope = self.rope_parameters.get(layer_type) if isinstance(self.rope_parameters, dict) else None
-        for key in ("rope_type", "rope_theta", "partial_rotary_factor"):
-            if not isinstance(rope, dict) or rope.get(key) is None:
-                raise ValueError(f"`rope_parameters['{layer_type}']['{key}']`: expected a value, got nothing.")
+        rope = rope if isinstance(rope, dict) else {}
+        for key, kinds in (("rope_type", str), ("rope_theta", (int, float)), ("partial_rotary_factor", (int, float))):
+            if not isinstance(rope.get(key), kinds):
+                expected, got = "string" if kinds is str else "number", repr(rope[key]) if key in rope else "nothing"
+                raise ValueError(f"`rope_parameters['{layer_type}']['{key}']`: expected a {expected}, got {got}.")
         if rope["rope_type"] != "default":
             raise ValueError(
                 f"`rope_parameters['{layer_type}']['rope_type']`: expected 'default', the only released type, "
                 f"got {rope['rope_type']!r}."
             )
-        rotary_dim = int(geometry.head_dim * rope["partial_rotary_factor"])
-        if rotary_dim < 2 or rotary_dim % 2:
+        head_dim = self.attention_geometry(layer_type).head_dim
+        rotary_dim = int(head_dim * rope["partial_rotary_factor"])
+        if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
             raise ValueError(
-                f"`partial_rotary_factor`: expected an even number of rotary dims out of {prefix}head_dim="
-                f"{geometry.head_dim}, got {rotary_dim}."
+                f"`partial_rotary_factor`: expected an even number of rotary dims, at least 2 and at most the "
+                f"head_dim={head_dim} of {layer_type}, got {rotary_dim}."
             )
 
     def convert_rope_params_to_dict(self, **kwargs):
@@ -406,7 +449,8 @@ class MiMoV2Config(PreTrainedConfig):
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config.validate_consistency()
-        config._source, config._as_read = source, as_read.to_dict()
+        if any(key in source for key in RELEASED_MARKS):
+            config._source, config._as_read = source, as_read.to_dict()
         return result
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_mimo_v2 import HybridCache
-from .checkpoint_mimo_v2 import Checkpoint, check_tensors
+from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors
 from .configuration_mimo_v2 import MiMoV2Config
 from .modeling_mimo_v2_base import MiMoV2RMSNorm
 from .modeling_mimo_v2_text import (
@@ -155,6 +155,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
         Transformers would report a missing or unknown tensor in a log line and go on with random weights.
         """
         if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
+            check_file_names((load_config.sharded_metadata or {}).get("weight_map", {}))
             checkpoint = Checkpoint.from_files(checkpoint_files)
             report = check_tensors(model.config, checkpoint.tensors)
             if report.fp8 and load_config.hf_quantizer is None:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What text, vision and audio share: norm, gated MLP, rotary application and the one attention primitive."""
 
+import itertools
 import math
 
 import torch
@@ -24,8 +25,15 @@ from transformers.activations import ACT2FN
 # query rows per step of masked global attention: bounds the mask at 512 x keys instead of queries x keys
 QUERY_BLOCK = 512
 
-# sliding blocks handled in one kernel call; 64 blocks of 128 queries keep the masks of a step near 4 MB
-BLOCKS_PER_STEP = 64
+# rows of a score block in `global_attention_by_matmul`, and how many of the first keys its row estimate looks at
+SCORE_ROWS = 1024
+SAMPLED_KEYS = 64
+
+# keys of one product while decoding
+FEW_KEYS, LONGEST_SEGMENT = 512, 16384
+
+# sliding blocks in one kernel call: as fast as more of them, and small enough to reuse memory instead of new pages
+BLOCKS_PER_STEP = 16
 
 
 class MiMoV2RMSNorm(nn.Module):
@@ -211,21 +219,58 @@ def attend(
     return softmax_with_sinks(scores, sinks).to(value.dtype) @ value.repeat_interleave(groups, dim=1)
 
 
+def key_segments(length: int) -> list[tuple[int, int, int]]:
+    """(start, stop, repeated) of equal power-of-two pieces of `length` keys; the last piece reaches back over
+    `repeated` keys of the one before it.
+
+    A cache grows by one key per token. One product over all keys would be a new matrix shape each time, and the CPU
+    library compiles and keeps a kernel per shape (2 ms and 0.5 MB).
+    """
+    size = min(1 << (length.bit_length() - 1), LONGEST_SEGMENT)
+    pieces = [(start, start + size, 0) for start in range(0, length - size + 1, size)]
+    if length % size:
+        pieces.append((length - size, length, size - length % size))
+    return pieces
+
+
 def decode_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tensor:
     """One query per sequence: [B, heads, 1, D] -> [B, heads, 1, Dv]. The heads of a KV group form one small matrix,
-    so keys and values are read once and never expanded."""
-    batch, heads, _, dim = query.shape
-    grouped = query.view(batch, key.shape[1], heads // key.shape[1], dim)
-    scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scaling
+    so keys and values are read once and never expanded.
+
+    On a CPU there is one product per KV head and segment of keys: a batched product copies keys and values, which are
+    views of a cache with room to grow; for few keys the copy is cheaper than more calls.
+    """
+    (batch, heads, _, dim), (kv_heads, keys) = query.shape, key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    in_pieces = query.device.type == "cpu" and keys > FEW_KEYS
+    if in_pieces:
+        pieces = list(itertools.product(range(batch), range(kv_heads), key_segments(keys)))
+        scores = torch.empty(*grouped.shape[:3], keys)
+        for row, head, (start, stop, _) in pieces:
+            scores[row, head, :, start:stop] = grouped[row, head] @ key[row, head, start:stop].T
+    else:
+        scores = (grouped @ key.transpose(-1, -2)).float()
+    scores = scores * scaling
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
-    weights = softmax_with_sinks(scores.view(batch, heads, 1, -1), sinks).view_as(scores)
-    return torch.matmul(weights.to(value.dtype), value).view(batch, heads, 1, -1)
+    weights = softmax_with_sinks(scores.view(batch, heads, 1, -1), sinks).view_as(scores).to(value.dtype)
+    if in_pieces:
+        output = torch.zeros(*grouped.shape[:3], value.shape[-1])
+        for row, head, (start, stop, repeated) in pieces:
+            piece = weights[row, head, :, start:stop]
+            piece = F.pad(piece[:, repeated:], (repeated, 0)) if repeated else piece
+            output[row, head] += piece @ value[row, head, start:stop]
+    else:
+        output = weights @ value
+    return output.to(value.dtype).view(batch, heads, 1, -1)
 
 
 def global_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tensor:
     """Causal attention over all keys, [B, heads, queries, Dv]; a mask exists for one block of queries at a time."""
     queries, keys = query.shape[2], key.shape[2]
+    matmul_is_faster = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    if matmul_is_faster and key_mask is None and sinks is None:
+        return global_attention_by_matmul(query, key, value, scaling)
     if key_mask is None and queries == keys:
         return attend(query, key, value, None, True, scaling, sinks)
     outputs = []
@@ -239,42 +284,75 @@ def global_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tenso
     return torch.cat(outputs, dim=2)
 
 
+def global_attention_by_matmul(query, key, value, scaling) -> torch.Tensor:
+    """`global_attention` for bfloat16 inference on a CPU, [B, heads, queries, Dv].
+
+    PyTorch's matrix products run at three times the rate of its flash kernel there. They round scores to bfloat16, so
+    an estimate of each row's largest score is subtracted inside the product, by one more column of queries and keys:
+    what decides the softmax is then close to zero and rounded finely. Score blocks reuse the same two buffers.
+    """
+    (batch, heads, queries, _), (kv_heads, keys) = query.shape, key.shape[1:3]
+    groups, prefix = heads // kv_heads, keys - queries
+    step = max(SCORE_ROWS // groups, 1)
+    buffers = torch.empty(2, min(step, queries) * groups * keys, dtype=query.dtype)
+    future = torch.ones(step, step, dtype=torch.bool).triu_(1)
+    # heads beside one another, as the output projection reads them
+    output = torch.empty(batch, queries, heads, value.shape[-1], dtype=query.dtype).transpose(1, 2)
+    for row, head in itertools.product(range(batch), range(kv_heads)):
+        group = slice(head * groups, (head + 1) * groups)
+        # eight more columns, not one: products like row lengths in whole vectors
+        wide_key = F.pad(key[row, head], (0, 8))
+        wide_key[:, -8] = 1
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            size, end = stop - start, prefix + stop
+            block = (query[row, group, start:stop] * scaling).flatten(0, 1)
+            hidden = future[:size, :size]
+            near = block @ key[row, head, end - size : end].T
+            near = near.view(groups, size, size).masked_fill_(hidden, -math.inf).amax(-1).flatten()
+            top = torch.maximum(near, (block @ key[row, head, : min(SAMPLED_KEYS, end - size + 1)].T).amax(-1))
+            wide_block = F.pad(block, (0, 8))
+            wide_block[:, -8] = -top
+            scores, weights = (buffer[: len(block) * end].view(len(block), end) for buffer in buffers)
+            torch.mm(wide_block, wide_key[:end].T, out=scores)
+            scores.view(groups, size, end)[..., end - size :].masked_fill_(hidden, -math.inf)
+            torch.softmax(scores, dim=-1, out=weights)
+            output[row, group, start:stop] = (weights @ value[row, head, :end]).view(groups, size, -1)
+    return output
+
+
 def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> torch.Tensor:
     """Causal attention over the last `window` keys, [B, heads, queries, Dv], in time and memory linear in the length.
 
     Queries are cut into blocks of `window`; a block sees its own keys and the `window - 1` before it. The blocks of
-    one sequence are strided views that join the batch dimension of the kernel.
+    one step are overlapping strided views that form the batch of one kernel call.
     """
-    batch, heads, queries, _ = query.shape
-    blocks = -(-queries // window)
-    tail = blocks * window - queries
-    # after padding, block b's keys are rows [b * window, b * window + span)
+    batch, heads, queries, dim = query.shape
+    width, prefix = value.shape[-1], key.shape[2] - queries
     span = 2 * window - 1
-    front = window - 1 - (key.shape[2] - queries)
-    if front < 0:
-        key, value = key[:, :, -front:], value[:, :, -front:]
-        key_mask = None if key_mask is None else key_mask[:, -front:]
-    front, kept = max(front, 0), key.shape[2]
-    if tail:
-        query = F.pad(query, (0, 0, 0, tail))
-    query = query.unflatten(2, (blocks, window)).transpose(1, 2)
-    key = F.pad(key, (0, 0, front, tail)).unfold(2, span, window).permute(0, 2, 1, 4, 3)
-    value = F.pad(value, (0, 0, front, tail)).unfold(2, span, window).permute(0, 2, 1, 4, 3)
     if key_mask is None:
-        key_mask = torch.ones(1, kept, dtype=torch.bool, device=query.device)
-    key_mask = F.pad(key_mask, (front, tail)).unfold(1, span, window)
+        key_mask = torch.ones(1, key.shape[2], dtype=torch.bool, device=query.device)
+    key_mask = key_mask.expand(batch, -1)
     rows = torch.arange(window, device=query.device)[:, None]
     offsets = torch.arange(span, device=query.device)[None, :]
     band = (offsets >= rows) & (offsets < rows + window)
     outputs = []
-    for row in range(batch):
-        row_mask = key_mask[row if key_mask.shape[0] > 1 else 0]
-        for start in range(0, blocks, BLOCKS_PER_STEP):
-            step = slice(start, start + BLOCKS_PER_STEP)
-            visible = (band & row_mask[step, None, :])[:, None]
-            outputs.append(attend(query[row, step], key[row, step], value[row, step], visible, False, scaling, sinks))
-    output = torch.cat(outputs).view(batch, blocks, heads, window, -1).transpose(1, 2)
-    return output.reshape(batch, heads, blocks * window, -1)[:, :, :queries]
+    for row, start in itertools.product(range(batch), range(0, queries, window * BLOCKS_PER_STEP)):
+        stop = min(start + window * BLOCKS_PER_STEP, queries)
+        blocks = -(-(stop - start) // window)
+        first = prefix + start - (window - 1)
+        # missing keys before the first token and missing queries after the last one
+        front, tail = max(-first, 0), blocks * window - (stop - start)
+        seen = slice(max(first, 0), prefix + stop)
+        block_query = F.pad(query[row, :, start:stop], (0, 0, 0, tail)).unflatten(1, (blocks, window)).transpose(0, 1)
+        block_key = F.pad(key[row, :, seen], (0, 0, front, tail)).unfold(1, span, window).permute(1, 0, 3, 2)
+        # the kernel wants values as wide as keys
+        block_value = F.pad(value[row, :, seen], (0, dim - width, front, tail))
+        block_value = block_value.unfold(1, span, window).permute(1, 0, 3, 2)
+        visible = band & F.pad(key_mask[row, seen], (front, tail)).unfold(0, span, window)[:, None, :]
+        output = attend(block_query, block_key, block_value, visible[:, None], False, scaling, sinks)
+        outputs.append(output[..., :width].transpose(1, 2).flatten(0, 1)[: stop - start])
+    return torch.cat(outputs).view(batch, queries, heads, width).transpose(1, 2)
 
 
 def sdpa_attention_forward(

@@ -96,7 +96,7 @@ class MiMoV2FP8Experts(MiMoV2Experts):
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
             setattr(self, f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
 
-    def expert_weights(self, expert: int | torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def expert_weights(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         gate_up = dequantize_chunks(self.gate_up_proj[expert], self.gate_up_proj_scale_inv[expert], 2, dtype)
         return gate_up, dequantize_blocks(self.down_proj[expert], self.down_proj_scale_inv[expert], dtype)
 

@@ -115,16 +115,16 @@ def _attention_tensors(
     # CODEPATH: V2.5, V2.5-Pro and V2.6 are fused, V2-Flash is split
     if config.attention_projection_layout == "fused_qkv":
         chunks = 1 if layout == "plain" else geometry.qkv_chunks
-        name = f"{prefix}.qkv_proj.weight"
-        yield name, ReleasedTensor((sum(sizes), hidden), part, name, True, chunks)
+        projections = {"qkv_proj": sum(sizes)}
     else:
-        for letter, rows in zip("qkv", sizes):
-            name = f"{prefix}.{letter}_proj.weight"
-            yield name, ReleasedTensor((rows, hidden), part, name, True)
-    if config.attention_bias:
-        # no release has attention biases; the remote code allows them on the split projections
-        for letter, rows in zip("qkv", sizes):
-            yield f"{prefix}.{letter}_proj.bias", ReleasedTensor((rows,), part, f"{prefix}.{letter}_proj.bias")
+        chunks, projections = 1, dict(zip(("q_proj", "k_proj", "v_proj"), sizes))
+    for projection, rows in projections.items():
+        name = f"{prefix}.{projection}.weight"
+        yield name, ReleasedTensor((rows, hidden), part, name, True, chunks)
+        # in no release
+        if config.attention_bias:
+            name = f"{prefix}.{projection}.bias"
+            yield name, ReleasedTensor((rows,), part, name)
     name = f"{prefix}.o_proj.weight"
     yield name, ReleasedTensor((hidden, geometry.num_heads * geometry.v_head_dim), part, name)
     if geometry.has_sinks:
