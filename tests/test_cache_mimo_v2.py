@@ -150,8 +150,10 @@ def test_global_growth_is_geometric_and_prefill_is_tight():
     capacities = set()
     for _ in range(3000):
         cache.update(*states_of([0.0], 0), 0)
-        capacities.add(cache.layers[0].buffers[0].shape[2])
-    assert len(capacities) <= 5
+        capacity = cache.layers[0].buffers[0].shape[2]
+        assert capacity <= cache.get_seq_length() + max(256, cache.get_seq_length() // 8)
+        capacities.add(capacity)
+    assert len(capacities) <= 12
     keys, _ = cache.update(*states_of([0.0], 0), 0)
     assert keys.data_ptr() == cache.layers[0].buffers[0].data_ptr()
 
