@@ -36,7 +36,7 @@ FLOAT_DTYPES = ("F32", "BF16", "F16")
 MAX_HEADER_BYTES = 100_000_000
 
 # names of one kind in an error message, so that 73,081 missing tensors stay readable
-MAX_LISTED = 20
+MAX_LISTED = 200
 
 
 class CheckpointError(ValueError):

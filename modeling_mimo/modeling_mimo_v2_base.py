@@ -22,8 +22,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 
-# query rows per step of masked global attention: bounds the mask at 512 x keys instead of queries x keys
+# query rows per step of masked global attention, which bounds the mask at 512 x keys instead of queries x keys, and of
+# sliding attention, whose buffers then stay small enough to be memory that was used before instead of new pages
 QUERY_BLOCK = 512
+
+# columns added to queries and keys for the subtracted estimate: not one, since products like whole vectors
+MORE_COLUMNS = 8
 
 # rows of a score block in `global_attention_by_matmul`, and how many of the first keys its row estimate looks at
 SCORE_ROWS = 1024
@@ -31,9 +35,6 @@ SAMPLED_KEYS = 64
 
 # keys of one product while decoding
 FEW_KEYS, LONGEST_SEGMENT = 512, 16384
-
-# sliding blocks in one kernel call: as fast as more of them, and small enough to reuse memory instead of new pages
-BLOCKS_PER_STEP = 16
 
 
 class MiMoV2RMSNorm(nn.Module):
@@ -206,9 +207,7 @@ def attend(
             mask = mask.expand(query.shape[0], -1, -1, -1)
         return FlashWithSinks.apply(query, key, value, sinks, mask, is_causal, scaling)
     if sinks is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, is_causal=is_causal, scale=scaling, enable_gqa=True
-        )
+        return attend_without_sinks(query, key, value, visible, is_causal, scaling)
     # no fused kernel that PyTorch ships takes sinks off the CPU; the callers hand over short key blocks only
     groups = query.shape[1] // key.shape[1]
     scores = (query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)).float() * scaling
@@ -217,6 +216,28 @@ def attend(
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     return softmax_with_sinks(scores, sinks).to(value.dtype) @ value.repeat_interleave(groups, dim=1)
+
+
+def attend_without_sinks(query, key, value, visible, is_causal, scaling) -> torch.Tensor:
+    """`attend` by PyTorch's fused kernels of the device, which never see a queries x keys matrix.
+
+    Values are padded to the width of keys, which the flash kernels want. With a mask, the heads of a KV group become
+    more query rows, since the kernel that takes masks knows no grouped heads. A row that sees no key gives zeros.
+    """
+    width = value.shape[-1]
+    value = F.pad(value, (0, key.shape[-1] - width))
+    if visible is None:
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return output[..., :width]
+    kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    sees_any = visible.any(dim=-1, keepdim=True)
+    mask = (visible | ~sees_any).repeat(1, 1, groups, 1)
+    rows = query.unflatten(1, (kv_heads, groups)).flatten(2, 3)
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    output = output.unflatten(2, (groups, query.shape[2])).flatten(1, 2)
+    return output[..., :width] * sees_any
 
 
 def key_segments(length: int) -> list[tuple[int, int, int]]:
@@ -265,11 +286,20 @@ def decode_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tenso
     return output.to(value.dtype).view(batch, heads, 1, -1)
 
 
+def matmul_is_faster(query: torch.Tensor) -> bool:
+    """PyTorch's CPU matrix products run at three times the rate of its flash kernel in bfloat16, and in nothing else.
+
+    They round scores to bfloat16. The two functions below therefore subtract an estimate of each row's largest score
+    inside the product, by one more column of queries and keys: what decides the softmax is then close to zero and
+    rounded finely (tests/test_attention.py compares the error with both other ways).
+    """
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
 def global_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tensor:
     """Causal attention over all keys, [B, heads, queries, Dv]; a mask exists for one block of queries at a time."""
     queries, keys = query.shape[2], key.shape[2]
-    matmul_is_faster = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-    if matmul_is_faster and key_mask is None and sinks is None:
+    if matmul_is_faster(query) and key_mask is None and sinks is None:
         return global_attention_by_matmul(query, key, value, scaling)
     if key_mask is None and queries == keys:
         return attend(query, key, value, None, True, scaling, sinks)
@@ -285,12 +315,8 @@ def global_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tenso
 
 
 def global_attention_by_matmul(query, key, value, scaling) -> torch.Tensor:
-    """`global_attention` for bfloat16 inference on a CPU, [B, heads, queries, Dv].
-
-    PyTorch's matrix products run at three times the rate of its flash kernel there. They round scores to bfloat16, so
-    an estimate of each row's largest score is subtracted inside the product, by one more column of queries and keys:
-    what decides the softmax is then close to zero and rounded finely. Score blocks reuse the same two buffers.
-    """
+    """`global_attention` where `matmul_is_faster`, [B, heads, queries, Dv]. The estimate of a row's largest score
+    looks at the keys of its own block and at the first keys; score blocks reuse the same two buffers."""
     (batch, heads, queries, _), (kv_heads, keys) = query.shape, key.shape[1:3]
     groups, prefix = heads // kv_heads, keys - queries
     step = max(SCORE_ROWS // groups, 1)
@@ -300,9 +326,8 @@ def global_attention_by_matmul(query, key, value, scaling) -> torch.Tensor:
     output = torch.empty(batch, queries, heads, value.shape[-1], dtype=query.dtype).transpose(1, 2)
     for row, head in itertools.product(range(batch), range(kv_heads)):
         group = slice(head * groups, (head + 1) * groups)
-        # eight more columns, not one: products like row lengths in whole vectors
-        wide_key = F.pad(key[row, head], (0, 8))
-        wide_key[:, -8] = 1
+        wide_key = F.pad(key[row, head], (0, MORE_COLUMNS))
+        wide_key[:, -1] = 1
         for start in range(0, queries, step):
             stop = min(start + step, queries)
             size, end = stop - start, prefix + stop
@@ -311,8 +336,8 @@ def global_attention_by_matmul(query, key, value, scaling) -> torch.Tensor:
             near = block @ key[row, head, end - size : end].T
             near = near.view(groups, size, size).masked_fill_(hidden, -math.inf).amax(-1).flatten()
             top = torch.maximum(near, (block @ key[row, head, : min(SAMPLED_KEYS, end - size + 1)].T).amax(-1))
-            wide_block = F.pad(block, (0, 8))
-            wide_block[:, -8] = -top
+            wide_block = F.pad(block, (0, MORE_COLUMNS))
+            wide_block[:, -1] = -top
             scores, weights = (buffer[: len(block) * end].view(len(block), end) for buffer in buffers)
             torch.mm(wide_block, wide_key[:end].T, out=scores)
             scores.view(groups, size, end)[..., end - size :].masked_fill_(hidden, -math.inf)
@@ -321,15 +346,41 @@ def global_attention_by_matmul(query, key, value, scaling) -> torch.Tensor:
     return output
 
 
+def sliding_block_by_matmul(query, key, value, visible, is_causal, scaling, sinks) -> torch.Tensor:
+    """`attend` for blocks of a sliding layer where `matmul_is_faster`; a query's own key, at the end of the block's
+    keys, and its sink estimate its largest score. One more key of value zero stands for the sink."""
+    (blocks, heads, queries, _), (kv_heads, keys) = query.shape, key.shape[1:3]
+    groups = heads // kv_heads
+    rows = (query * scaling).unflatten(1, (kv_heads, groups))
+    top = (rows * key[:, :, None, keys - queries :]).sum(dim=-1)
+    if sinks is None:
+        # takes all of a query that sees no key, and nothing of the others
+        sink = top.new_full((), torch.finfo(top.dtype).min)
+    else:
+        sink = sinks.to(top.dtype).view(kv_heads, groups, 1)
+        top = torch.maximum(top, sink)
+        sink = sink - top
+    rows = F.pad(rows, (0, MORE_COLUMNS))
+    rows[..., -1] = -top
+    key, value = F.pad(key, (0, MORE_COLUMNS, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    key[..., -1] = 1
+    scores = rows.flatten(2, 3).flatten(0, 1) @ key.flatten(0, 1).transpose(1, 2)
+    split = scores.view(blocks, kv_heads, groups, queries, keys + 1)
+    split[..., :-1].masked_fill_(~visible[:, :, None], -math.inf)
+    split[..., -1] = sink
+    return (scores.softmax(dim=-1) @ value.flatten(0, 1)).view(blocks, heads, queries, -1)
+
+
 def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> torch.Tensor:
     """Causal attention over the last `window` keys, [B, heads, queries, Dv], in time and memory linear in the length.
 
     Queries are cut into blocks of `window`; a block sees its own keys and the `window - 1` before it. The blocks of
     one step are overlapping strided views that form the batch of one kernel call.
     """
-    batch, heads, queries, dim = query.shape
-    width, prefix = value.shape[-1], key.shape[2] - queries
-    span = 2 * window - 1
+    batch, heads, queries, _ = query.shape
+    prefix, span = key.shape[2] - queries, 2 * window - 1
+    step = max(QUERY_BLOCK // window, 1) * window
+    kernel = sliding_block_by_matmul if matmul_is_faster(query) else attend
     if key_mask is None:
         key_mask = torch.ones(1, key.shape[2], dtype=torch.bool, device=query.device)
     key_mask = key_mask.expand(batch, -1)
@@ -337,8 +388,8 @@ def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> to
     offsets = torch.arange(span, device=query.device)[None, :]
     band = (offsets >= rows) & (offsets < rows + window)
     outputs = []
-    for row, start in itertools.product(range(batch), range(0, queries, window * BLOCKS_PER_STEP)):
-        stop = min(start + window * BLOCKS_PER_STEP, queries)
+    for row, start in itertools.product(range(batch), range(0, queries, step)):
+        stop = min(start + step, queries)
         blocks = -(-(stop - start) // window)
         first = prefix + start - (window - 1)
         # missing keys before the first token and missing queries after the last one
@@ -346,13 +397,11 @@ def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> to
         seen = slice(max(first, 0), prefix + stop)
         block_query = F.pad(query[row, :, start:stop], (0, 0, 0, tail)).unflatten(1, (blocks, window)).transpose(0, 1)
         block_key = F.pad(key[row, :, seen], (0, 0, front, tail)).unfold(1, span, window).permute(1, 0, 3, 2)
-        # the kernel wants values as wide as keys
-        block_value = F.pad(value[row, :, seen], (0, dim - width, front, tail))
-        block_value = block_value.unfold(1, span, window).permute(1, 0, 3, 2)
+        block_value = F.pad(value[row, :, seen], (0, 0, front, tail)).unfold(1, span, window).permute(1, 0, 3, 2)
         visible = band & F.pad(key_mask[row, seen], (front, tail)).unfold(0, span, window)[:, None, :]
-        output = attend(block_query, block_key, block_value, visible[:, None], False, scaling, sinks)
-        outputs.append(output[..., :width].transpose(1, 2).flatten(0, 1)[: stop - start])
-    return torch.cat(outputs).view(batch, queries, heads, width).transpose(1, 2)
+        output = kernel(block_query, block_key, block_value, visible[:, None], False, scaling, sinks)
+        outputs.append(output.transpose(1, 2).flatten(0, 1)[: stop - start])
+    return torch.cat(outputs).view(batch, queries, heads, -1).transpose(1, 2)
 
 
 def sdpa_attention_forward(

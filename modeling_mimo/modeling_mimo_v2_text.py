@@ -95,7 +95,7 @@ class MiMoV2Attention(nn.Module):
         self.register_parameter("attention_sink_bias", sinks)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, S, hidden] -> query, key, value as [B, heads of each, S, head dim of each].
+        """[B, S, hidden] -> query, key, scaled value as [B, heads of each, S, head dim of each].
 
         A fused projection keeps the row order of the checkpoint: `[Q | K | V]` per chunk, one chunk per global KV
         head (whole chunks go to a tensor-parallel rank); FP8 kernels may have padded each chunk at its end.
@@ -114,6 +114,8 @@ class MiMoV2Attention(nn.Module):
             # narrow, not split: autograd forbids the rotation in place on one of several outputs of a function
             starts = (0, sizes[0], sizes[0] + sizes[1])
             parts = [fused.narrow(-1, start, size) for start, size in zip(starts, sizes)]
+        # scaled before the heads are separated, which copies: one copy of the values instead of two
+        parts = (*parts[:2], parts[2] * self.config.attention_value_scale)
         dims = (self.geometry.head_dim, self.geometry.head_dim, self.geometry.v_head_dim)
         return tuple(
             part.reshape(*hidden_states.shape[:-1], -1, dim).transpose(1, 2) for part, dim in zip(parts, dims)
@@ -128,7 +130,6 @@ class MiMoV2Attention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states)
-        value = value * self.config.attention_value_scale
         query, key = apply_rotary_(query, *position_embeddings), apply_rotary_(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from modeling_mimo.modeling_mimo_v2_base import (
     apply_rotary_,
+    attend_without_sinks,
     causal_mask,
     eager_attention_forward,
     sdpa_attention_forward,
@@ -130,8 +131,7 @@ def test_half_precision(dtype, window):
 
 
 def test_more_than_one_query_block_of_global_and_more_than_one_step_of_sliding(monkeypatch):
-    monkeypatch.setattr("modeling_mimo.modeling_mimo_v2_base.QUERY_BLOCK", 16)
-    monkeypatch.setattr("modeling_mimo.modeling_mimo_v2_base.BLOCKS_PER_STEP", 2)
+    monkeypatch.setattr("modeling_mimo.modeling_mimo_v2_base.QUERY_BLOCK", 2 * W)
     for window in (None, W):
         query, key, value, sinks = draw(50, 61, window)
         mask = key_masks(61)["left"]
@@ -143,20 +143,41 @@ def relative_error(output, expected):
     return ((output.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("window", [None, W])
 @pytest.mark.parametrize("sharpness", [1.0, 3.0])
 @pytest.mark.parametrize(("new", "past"), [(300, 0), (77, 41), (2, 200)])
-def test_matrix_products_of_bfloat16_inference(new, past, sharpness, monkeypatch):
+def test_matrix_products_of_bfloat16_inference(new, past, sharpness, window, monkeypatch):
     # several blocks of queries, the last one ragged
     monkeypatch.setattr("modeling_mimo.modeling_mimo_v2_base.SCORE_ROWS", 128)
-    query, key, value, _ = draw(new, past + new, None)
+    monkeypatch.setattr("modeling_mimo.modeling_mimo_v2_base.QUERY_BLOCK", 4 * W)
+    query, key, value, sinks = draw(new, past + new, window)
     query, key, value = ((x * sharpness).bfloat16() for x in (query, key, value))
-    expected = oracle(query, key, value, None, None, None)
+    sinks = None if window is None else sinks.bfloat16()
+    expected = oracle(query, key, value, None, window, sinks)
     with torch.no_grad():
-        fast = relative_error(run("sdpa", query, key, value, None, None, None), expected)
-        eager = relative_error(run("eager", query, key, value, None, None, None), expected)
-    kernel = relative_error(run("sdpa", query, key, value, None, None, None), expected)
+        fast = relative_error(run("sdpa", query, key, value, None, window, sinks), expected)
+        eager = relative_error(run("eager", query, key, value, None, window, sinks), expected)
     # the subtracted estimate keeps rounded scores from costing more than they do in eager
-    assert kernel < fast < min(eager, 0.01)
+    assert fast < min(1.1 * eager, 0.01)
+
+
+@pytest.mark.parametrize("with_sinks", [True, False])
+@pytest.mark.parametrize("mask_name", MASK_NAMES)
+def test_matrix_products_of_bfloat16_inference_with_padding(mask_name, with_sinks):
+    query, key, value, sinks = (x.bfloat16() for x in draw(5 * W + 3, 5 * W + 3, W))
+    sinks, key_mask = sinks if with_sinks else None, key_masks(5 * W + 3)[mask_name]
+    with torch.no_grad():
+        output = run("sdpa", query, key, value, key_mask, W, sinks)
+    assert_near(output.double(), oracle(query, key, value, key_mask, W, sinks), 0.03)
+
+
+@pytest.mark.parametrize("mask_name", [None, *MASK_NAMES])
+def test_the_way_of_other_devices_without_sinks(mask_name):
+    query, key, value, _ = draw(9, 9, None)
+    key_mask = None if mask_name is None else key_masks(9)[mask_name].bool()
+    visible = None if mask_name is None else causal_mask(key_mask, 9, 9, None, query.device)
+    output = attend_without_sinks(query, key, value, visible, visible is None, SCALING).transpose(1, 2)
+    assert_near(output, oracle(query, key, value, key_mask, None, None), 1e-5)
 
 
 def test_one_row_mask_serves_the_whole_batch():

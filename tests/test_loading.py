@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import LAYOUTS, SMALL, assert_near, released_state, tiny_model, token_ids
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 
 import modeling_mimo
 from modeling_mimo import MiMoV2Config, MiMoV2ForCausalLM, MiMoV2FP8Config, MiMoV2Model
@@ -253,6 +254,33 @@ def test_resident_saves_what_the_files_hold(checkpoints, name, tmp_path):
     assert torch.equal(logits(again), logits(model))
     # and the copy can be dequantized like a release
     assert_same_state(load(tmp_path), load(checkpoints[name]))
+
+
+@pytest.mark.parametrize("name", FP8_NAMES)
+def test_modules_for_hopper_kernels_are_filled_and_saved(checkpoints, name, tmp_path, monkeypatch):
+    # the kernels need a GPU; which modules they get, and with what in them, does not
+    monkeypatch.setattr("modeling_mimo.quantization_mimo_v2.has_fp8_kernels", lambda: True)
+    model = load(checkpoints[name])
+    layer = model.model.layers[1]
+    assert type(layer.mlp.experts) is FP8Experts
+    projections = [child for child in layer.self_attn.children() if isinstance(child, FP8Linear)]
+    assert len(projections) == (3 if name == "fp8_split" else 1)
+    for projection in projections:
+        rows, columns = projection.weight.shape
+        assert projection.weight_scale_inv.shape == (-(-rows // 128), -(-columns // 128))
+    if name == "fp8_fused":
+        # 2 chunks of 176 rows in 2 blocks each: a regular grid, and the weights it scales
+        assert projections[0].weight.shape[0] == 2 * 256
+        fused = projections[0].weight.float() * projections[0].weight_scale_inv.repeat_interleave(
+            128, 0
+        ).repeat_interleave(128, 1)
+        expected = load(checkpoints[name], quantization_config=MiMoV2FP8Config(dequantize=True), dtype=torch.float32)
+        chunks = expected.model.layers[1].self_attn.qkv_proj.weight.unflatten(0, (2, -1))
+        assert torch.equal(fused.unflatten(0, (2, -1))[:, : chunks.shape[1]], chunks)
+    model.save_pretrained(tmp_path)
+    before, after = read_tensors(checkpoints[name]), read_tensors(tmp_path)
+    assert after.keys() == {key for key in before if ".mtp." not in key}
+    assert [key for key in after if not same_bits(before[key], after[key])] == []
 
 
 def test_resident_generates_the_same_tokens(checkpoints):
