@@ -140,7 +140,9 @@ class PadChunks(ConversionOps):
 
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
         (tensor,) = (_only(tensors) for tensors in input_dict.values())
-        return {target_patterns[0]: pad_chunks(tensor, _chunks(model, full_layer_name))}
+        chunks = _chunks(model, full_layer_name)
+        # one chunk has a regular grid as it is
+        return {target_patterns[0]: pad_chunks(tensor, chunks) if chunks > 1 else tensor}
 
     @property
     def reverse_op(self):
@@ -230,8 +232,9 @@ class MiMoV2FP8Quantizer(HfQuantizer):
     def _fp8_linear(self, in_features: int, out_features: int, chunks: int) -> nn.Module:
         if not has_fp8_kernels():
             return MiMoV2FP8Linear(in_features, out_features, chunks)
-        rows = -(-out_features // chunks // FP8_BLOCK) * FP8_BLOCK * chunks
-        return FP8Linear(in_features, rows, BLOCK_SIZE)
+        if chunks > 1:
+            out_features = -(-out_features // chunks // FP8_BLOCK) * FP8_BLOCK * chunks
+        return FP8Linear(in_features, out_features, BLOCK_SIZE)
 
     def set_plain_layout(self, model) -> None:
         """The files turned out to hold plain `[Q; K; V]` rows: FP8 projections get the one regular scale grid."""
