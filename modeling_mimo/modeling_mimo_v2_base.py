@@ -71,10 +71,12 @@ def apply_rotary_(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     `cos` and `sin`: [B or 1, S, rotary dims], of the frequencies written twice side by side. In place because two
     thirds of a query or key pass through; copying them costs more than the rotation.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotary = states[..., : cos.shape[-1]]
-    first, second = rotary.chunk(2, dim=-1)
-    rotary.copy_(rotary * cos + torch.cat((-second, first), dim=-1) * sin)
+    half = cos.shape[-1] // 2
+    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+    first, second = states[..., :half], states[..., half : 2 * half]
+    turned = torch.addcmul(first * cos, second, sin, value=-1)
+    second.copy_(torch.addcmul(second * cos, first, sin))
+    first.copy_(turned)
     return states
 
 
