@@ -36,6 +36,9 @@ from .modeling_mimo_v2_base import (
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
 
+# tokens of one projection of queries, keys and values
+PROJECTION_STEP = 4096
+
 # average rows per expert and chunk of tokens: enough for full speed, while the copies of hidden states stay bounded
 ROWS_PER_EXPERT = 512
 
@@ -121,6 +124,22 @@ class MiMoV2Attention(nn.Module):
             part.reshape(*hidden_states.shape[:-1], -1, dim).transpose(1, 2) for part, dim in zip(parts, dims)
         )
 
+    def project_in_steps(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """`project`, where gradients are off in steps along the sequence: the fused rows of a long prompt would be the
+        largest tensor of the layer, and new memory pages for it cost more than the product's share."""
+        if torch.is_grad_enabled() or hidden_states.shape[1] <= PROJECTION_STEP:
+            return self.project(hidden_states)
+        whole, start = None, 0
+        for step in hidden_states.split(PROJECTION_STEP, dim=1):
+            parts = self.project(step)
+            if whole is None:
+                shapes = [(part.shape[0], hidden_states.shape[1], part.shape[1], part.shape[3]) for part in parts]
+                whole = [part.new_empty(shape).transpose(1, 2) for part, shape in zip(parts, shapes)]
+            for target, part in zip(whole, parts):
+                target[:, :, start : start + step.shape[1]] = part
+            start += step.shape[1]
+        return whole
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -129,7 +148,7 @@ class MiMoV2Attention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.project(hidden_states)
+        query, key, value = self.project_in_steps(hidden_states)
         query, key = apply_rotary_(query, *position_embeddings), apply_rotary_(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

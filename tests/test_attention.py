@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import assert_near
+from tiny import assert_near, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -357,3 +357,14 @@ def test_rotary_turns_the_first_dims_and_leaves_the_rest():
     expected = complex_in * torch.polar(torch.ones_like(angles), angles)[:, None]
     assert_near(rotated[..., : rotary // 2], expected.real, 1e-6)
     assert_near(rotated[..., rotary // 2 : rotary], expected.imag, 1e-6)
+
+
+def test_projecting_in_steps_equals_projecting_at_once(monkeypatch):
+    attention = tiny_model().model.layers[1].self_attn
+    states = torch.randn(2, 37, attention.config.hidden_size)
+    with torch.no_grad():
+        at_once = attention.project_in_steps(states)
+        monkeypatch.setattr("modeling_mimo.modeling_mimo_v2_text.PROJECTION_STEP", 16)
+        in_steps = attention.project_in_steps(states)
+    for left, right in zip(in_steps, at_once):
+        assert_near(left, right, 1e-6)
