@@ -2,16 +2,18 @@
 
     python -m modeling_mimo.conversion.random_checkpoint /tmp/mimo-tiny --size tiny
 
-The format is that of XiaomiMiMo/MiMo-V2.5: the same keys and key order in config.json (the vision, audio and processor
-parts left out, as in MiMo-V2.5-Pro), the same tensor names and dtypes, expert-parallel files without `__metadata__`,
-an alphabetical index, FP8 with 128 x 128 scales that are tiled per chunk in the fused `qkv_proj`, and expert weights
-whose scale lies in another file. Only the sizes and the values are not Xiaomi's.
+The format is that of XiaomiMiMo/MiMo-V2.5: the same keys and key order in config.json (the audio part left out; the
+vision and processor parts only with `vision`, else as in MiMo-V2.5-Pro), the same tensor names and dtypes,
+expert-parallel files without `__metadata__`, an alphabetical index, FP8 with 128 x 128 scales that are tiled per chunk
+in the fused `qkv_proj`, and expert weights whose scale lies in another file. Only the sizes and the values are not
+Xiaomi's.
 """
 
 import argparse
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import save
 
 from .fp8 import quantize_chunks
+from .random_media import PREPROCESSOR_STUB, PROCESSOR_CONFIG, vision_config, vision_shapes
 
 
 LAYOUTS = ("fused_qkv", "plain", "split")
@@ -34,7 +37,7 @@ _RELEASED_TOKENS = 151675
 # MiMo-V2.5 publishes three draft layers and its config.json does not say so.
 _MTP_LAYERS = 3
 
-# MiMo-V2.5's config.json in its own order, without auto-generated lists, `quantization_config` and the media parts.
+# MiMo-V2.5's config.json in its own order, without auto-generated lists, `quantization_config` and the audio part.
 # None marks what a size or the tokenizer decides. The doubled and unread keys are the released file's.
 _CONFIG = {
     "architectures": ["MiMoV2ForCausalLM"],
@@ -79,6 +82,7 @@ _CONFIG = {
     "num_key_value_heads": None,
     "pad_token_id": 151643,
     "partial_rotary_factor": 0.334,
+    "processor_config": None,
     "quantization_config": None,
     "rope_scaling": {"rope_type": "default", "type": "default"},
     "rope_theta": 10000000,
@@ -94,11 +98,14 @@ _CONFIG = {
     "use_cache": True,
     "v_head_dim": None,
     "video_token_id": 151656,
+    "vision_config": None,
     "vision_end_token_id": 151653,
+    "vision_model_type": "mimovl",
     "vision_start_token_id": 151652,
     "vocab_size": None,
 }
 _TOKEN_KEYS = [key for key in _CONFIG if key.endswith("_token_id")]
+_VISION_KEYS = ("processor_config", "vision_config", "vision_model_type")
 
 # MiMo-V2-Flash's differences: split projections, text only, older numbers. Its exact key order is unknown.
 _FLASH_DROPPED = [key for key in _CONFIG if key.startswith(("image_", "video_", "vision_"))]
@@ -161,10 +168,15 @@ SIZES["bench"] = SIZES["demo"] | {
 
 
 def released_config(
-    size: str = "tiny", dtype: str = "fp8", layout: str = "fused_qkv", overrides: dict | None = None
+    size: str = "tiny",
+    dtype: str = "fp8",
+    layout: str = "fused_qkv",
+    overrides: dict | None = None,
+    vision: bool = False,
 ) -> dict:
     """The contents of config.json: a released config with the sizes of SIZES[size].
 
+    vision: with `vision_config` and `processor_config`, as MiMo-V2.5; not with the "split" layout of MiMo-V2-Flash.
     overrides: config keys to set or add last, by their released spelling; they must fit together (a change of
     `num_hidden_layers` needs `hybrid_layer_pattern` and `moe_layer_freq`). The list of layers that are not
     quantized follows `num_hidden_layers`. `num_nextn_predict_layers` sets the draft layers (3 when absent).
@@ -173,6 +185,8 @@ def released_config(
     for name, value, known in (("size", size, tuple(SIZES)), ("dtype", dtype, DTYPES), ("layout", layout, LAYOUTS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+    if vision and layout == "split":
+        raise ValueError("vision is True, expected False with layout 'split': MiMo-V2-Flash is text only")
     config = copy.deepcopy(_CONFIG)
     config.update(copy.deepcopy(SIZES[size]))
     layers = len(config["hybrid_layer_pattern"])
@@ -181,12 +195,20 @@ def released_config(
     for key in ("num_attention_heads", "head_dim", "v_head_dim"):
         config[f"swa_{key}"] = config[key]
     config["sliding_window_size"] = config["attention_chunk_size"] = config["sliding_window"]
+    if vision:
+        config["vision_config"] = vision_config(size, config["hidden_size"])
+        config["processor_config"] = copy.deepcopy(PROCESSOR_CONFIG)
+    else:
+        config = {key: value for key, value in config.items() if key not in _VISION_KEYS}
     if layout == "split":
         config = {key: value for key, value in config.items() if key not in _FLASH_DROPPED} | _FLASH_CHANGED
     config.update(overrides or {})
     for key in _TOKEN_KEYS:
         if key in config and key not in (overrides or {}):
             config[key] = _small_token_id(config[key], config)
+    if vision and "processor_config" not in (overrides or {}):
+        media = config["processor_config"]
+        media.update({key: _small_token_id(media[key], config) for key in media if key.endswith("_token_id")})
     if dtype == "bf16":
         del config["quantization_config"]
     else:
@@ -226,13 +248,15 @@ def write_random_checkpoint(
     layout: str = "fused_qkv",
     overrides: dict | None = None,
     with_tokenizer: bool = True,
+    vision: bool = False,
 ) -> Path:
     """Write a random checkpoint in the released format and return its folder. The same arguments, the same bytes.
 
     size: a key of SIZES. dtype: "fp8" or "bf16" (no scales, no `quantization_config`).
     layout: "fused_qkv" (MiMo-V2.5), "plain" (what re-exporters publish: the same config tag, but rows [Q | K | V]
     and one regular scale grid) or "split" (MiMo-V2-Flash: q_proj, k_proj, v_proj; model_type `mimo_v2_flash`).
-    overrides: as in `released_config`.
+    overrides, vision: as in `released_config`. With vision the folder also gets the released stub
+    preprocessor_config.json, and no file of a processor of its own, as released.
 
     Files are written to `<folder>.partial`, which is renamed at the end.
     ValueError: `folder` exists and is not an empty folder, `<folder>.partial` exists, or arguments as above.
@@ -243,7 +267,7 @@ def write_random_checkpoint(
         raise ValueError(f"{folder} exists, expected a new or an empty folder")
     if partial.exists():
         raise ValueError(f"{partial} is left from an interrupted run, expected none; delete it")
-    config = released_config(size, dtype, layout, overrides)
+    config = released_config(size, dtype, layout, overrides, vision)
     partial.mkdir(parents=True)
     try:
         tensors = released_tensors_random(config, seed, layout)
@@ -253,6 +277,8 @@ def write_random_checkpoint(
         _write_weights(partial, tensors, config, dtype)
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", _generation_config(config))
+        if vision:
+            _write_json(partial / "preprocessor_config.json", PREPROCESSOR_STUB)
         if with_tokenizer:
             # Imported here: it brings in all of Transformers, which the tensors do not need.
             from .small_tokenizer import build_small_tokenizer, save_small_tokenizer
@@ -330,6 +356,8 @@ def _split_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _mlp_shapes(f"{prefix}mlp.experts.{expert}.", hidden, config["moe_intermediate_size"])
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (config["vocab_size"], hidden)
+    if "vision_config" in config:
+        yield from vision_shapes(config["vision_config"])
     for layer in range(config.get("num_nextn_predict_layers", _MTP_LAYERS)):
         prefix = f"model.mtp.layers.{layer}."
         for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
@@ -365,10 +393,12 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
         return values * 0.05
     if name.endswith("mlp.gate.weight"):
         return values / shape[1] ** 0.5
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")):
         values = 1 + 0.1 * values
-    elif len(shape) == 2 and "embed_tokens" not in name:
-        values = values / shape[1] ** 0.5
+    elif name.endswith(".bias"):
+        values = 0.1 * values
+    elif len(shape) > 1 and "embed_tokens" not in name:
+        values = values / math.prod(shape[1:]) ** 0.5
     return values.to(torch.bfloat16)
 
 
@@ -378,7 +408,7 @@ def _quantized(tensors: dict[str, torch.Tensor], qkv_chunks: int) -> dict[str, t
     stored = {}
     for name, tensor in tensors.items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in kinds:
+        if kind in kinds and not name.startswith("visual."):
             chunks = qkv_chunks if kind == "qkv_proj" else 1
             stored[name], stored[name + "_scale_inv"] = quantize_chunks(tensor, chunks)
         else:
@@ -445,6 +475,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="fp8")
     parser.add_argument("--layout", choices=LAYOUTS, default="fused_qkv")
+    parser.add_argument("--vision", action="store_true", help="with a vision tower and processor settings")
     parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="no tokenizer files")
     try:
         folder = write_random_checkpoint(**vars(parser.parse_args(arguments)))
