@@ -14,7 +14,7 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mlinter --no-progress --no-cache modeling_mimo
+	$(BIN)/mlinter --no-progress --no-cache modeling_mimo processors
 	$(BIN)/lint-imports
 
 bench: $(READY)

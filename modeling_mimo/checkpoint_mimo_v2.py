@@ -6,7 +6,7 @@ with an optional index, `check_tensors` compares the headers with the table of `
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -318,11 +318,15 @@ class CheckpointReport:
         return "\n".join(lines)
 
 
-def check_tensors(config: MiMoV2Config, tensors: dict[str, TensorInfo]) -> CheckpointReport:
+def check_tensors(
+    config: MiMoV2Config, tensors: dict[str, TensorInfo], left_out: Collection[str] = NOT_LOADED_PARTS
+) -> CheckpointReport:
     """Compares headers with the checkpoint that `config` describes; every tensor must be known and of its shape.
 
-    A quantizable weight is F8_E4M3 with an F32 `<name>_scale_inv` of the exact grid, or a float without one. Parts
-    without modules here (`NOT_LOADED_PARTS`) may be missing as a whole.
+    A quantizable weight is F8_E4M3 with an F32 `<name>_scale_inv` of the exact grid, or a float without one.
+
+    Args:
+        left_out: parts that the model at hand has no modules for; they may be missing as a whole.
 
     Raises:
         ValueError: one error that lists everything missing, unknown, mis-shaped or of a wrong dtype.
@@ -335,11 +339,11 @@ def check_tensors(config: MiMoV2Config, tensors: dict[str, TensorInfo]) -> Check
         )
     layout, layout_source = find_layout(config, tensors)
     table = released_tensors(config, "plain" if layout == "plain" else "chunked")
-    problems = _compare(table, tensors)
+    problems = _compare(table, tensors, left_out)
     if problems:
-        raise CheckpointError(["the files do not match the config", *problems, *_hints(config, tensors)])
+        raise CheckpointError(["the files do not match the config", *problems, *_hints(config, tensors, left_out)])
     parts = sum_parts(table, tensors)
-    not_loaded = {part: parts[part]["tensors"] for part in NOT_LOADED_PARTS if part in parts}
+    not_loaded = {part: parts[part]["tensors"] for part in left_out if part in parts}
     fp8 = any(info.dtype == FP8_DTYPE for info in tensors.values())
     return CheckpointReport(layout, layout_source, fp8, parts, not_loaded)
 
@@ -383,11 +387,11 @@ def find_layout(config: MiMoV2Config, tensors: dict[str, TensorInfo]) -> tuple[s
     return found[0], f"scale grid of {count} layers"
 
 
-def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo]) -> list[str]:
+def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo], left_out: Collection[str]) -> list[str]:
     """One line per kind of problem; an empty list if the headers are exactly what the table says."""
     missing, mis_shaped, wrong_dtype, known = [], [], [], set()
     present = {spec.part for name, spec in table.items() if name in tensors}
-    optional = {part for part in NOT_LOADED_PARTS if part not in present}
+    optional = {part for part in left_out if part not in present}
 
     def check(name: str, info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
         known.add(name)
@@ -422,7 +426,10 @@ def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo]) -
     ]
 
 
-def _hints(config: MiMoV2Config, tensors: dict[str, TensorInfo]) -> list[str]:
+def _hints(config: MiMoV2Config, tensors: dict[str, TensorInfo], left_out: Collection[str]) -> list[str]:
+    expects_tower = config.vision_config is not None and "vision" not in left_out
+    if expects_tower and not any(name.startswith("visual.") for name in tensors):
+        return ["hint: the files have no vision tower: pass load_towers=False to load the text model alone"]
     for layout, projection in (("fused_qkv", "qkv_proj"), ("split", "q_proj")):
         # names decide; only the first layer is asked, since a mixture is no released form
         if layout != config.attention_projection_layout and f"model.layers.0.self_attn.{projection}.weight" in tensors:

@@ -14,14 +14,14 @@
 """Configuration of the MiMo-V2 family: the only place that knows the spellings of the released config.json files."""
 
 import copy
-from functools import wraps
 from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import auto_docstring
+
+from .configuration_mimo_v2_vision import MiMoV2VisionConfig, raises_value_errors
 
 
 ATTENTION_LAYER_CODES = {0: "full_attention", 1: "sliding_attention"}
@@ -101,22 +101,7 @@ def _decode_pattern(field: str, codes: list, names: dict[int, str], num_hidden_l
     return [names[code] for code in codes]
 
 
-def _raises_value_errors(cls: type) -> type:
-    """Strict dataclasses wrap every complaint in an exception of their own; users catch `ValueError`."""
-    strict_init = cls.__init__
-
-    @wraps(strict_init)
-    def __init__(self, *args, **kwargs):
-        try:
-            strict_init(self, *args, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(str(error.__cause__ or error)) from error
-
-    cls.__init__ = __init__
-    return cls
-
-
-@_raises_value_errors
+@raises_value_errors
 @auto_docstring(
     checkpoint="XiaomiMiMo/MiMo-V2.5",
     custom_intro="""
@@ -164,6 +149,10 @@ class MiMoV2Config(PreTrainedConfig):
         Dtype of the router's matrix product: `"float32"`, or `"bfloat16"` for V2.6.
     num_mtp_layers (`int`, *optional*, defaults to 3):
         Multi-token-prediction layers in the checkpoint (released: `num_nextn_predict_layers`, or nothing).
+    vision_config (`MiMoV2VisionConfig` or `dict`, *optional*):
+        The vision tower; a text-only model without it.
+    load_towers (`bool`, *optional*, defaults to `True`):
+        `False` leaves the vision tower out of the model, which then answers text only and refuses images and videos.
     audio_start_token_id (`int`, *optional*):
         Id of `<|mimo_audio_start|>`.
     audio_end_token_id (`int`, *optional*):
@@ -180,6 +169,7 @@ class MiMoV2Config(PreTrainedConfig):
     """
 
     model_type = "mimo_v2"
+    sub_configs = {"vision_config": MiMoV2VisionConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
     ignore_keys_at_rope_validation = {"partial_rotary_factor", "type"}
@@ -260,9 +250,10 @@ class MiMoV2Config(PreTrainedConfig):
     audio_token_id: int | None = None
     audio_start_token_id: int | None = None
     audio_end_token_id: int | None = None
-    vision_config: dict[str, Any] | None = None
+    vision_config: MiMoV2VisionConfig | dict[str, Any] | None = None
     audio_config: dict[str, Any] | None = None
     processor_config: dict[str, Any] | None = None
+    load_towers: bool = True
 
     def __post_init__(self, **kwargs):
         self._source, self._as_read = None, None
@@ -276,6 +267,8 @@ class MiMoV2Config(PreTrainedConfig):
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, (str, int, list)):
             raise ValueError(f"`quantization_config`: expected a dictionary or nothing, got {quantization!r}.")
+        if isinstance(self.vision_config, dict):
+            self.vision_config = MiMoV2VisionConfig(**self.vision_config)
         self._fill_defaults(kwargs.get("model_type", self.model_type) == FLASH_MODEL_TYPE)
         super().__post_init__(**kwargs)
         # CODEPATH: every FP8 release (V2.5, V2.5-Pro, V2-Flash, V2.6) says "fp8"; bf16 re-exports have no entry
@@ -382,6 +375,18 @@ class MiMoV2Config(PreTrainedConfig):
             self._validate_attention(layer_type)
             self._validate_rope(layer_type)
         self._validate_routing()
+        if self.vision_config is not None:
+            self._validate_vision()
+
+    def _validate_vision(self) -> None:
+        if self.vision_config.out_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"`vision_config.out_hidden_size`: expected hidden_size={self.hidden_size}, "
+                f"got {self.vision_config.out_hidden_size}."
+            )
+        for name in ("image_token_id", "video_token_id"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}`: expected the id of a placeholder beside vision_config, got nothing.")
 
     def _validate_routing(self) -> None:
         if not 0 < self.num_experts_per_tok <= self.n_routed_experts:

@@ -19,13 +19,12 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    find_packed_sequence_indices,
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -34,6 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_mimo_v2 import HybridCache
 from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors
 from .configuration_mimo_v2 import MiMoV2Config
+from .generation_mimo_v2 import MEDIA_INPUTS, MiMoV2GenerationMixin, check_placeholders, explicit_masks
 from .modeling_mimo_v2_base import MiMoV2RMSNorm
 from .modeling_mimo_v2_text import (
     MiMoV2Attention,
@@ -42,8 +42,9 @@ from .modeling_mimo_v2_text import (
     MiMoV2RotaryEmbedding,
     MiMoV2Router,
 )
+from .modeling_mimo_v2_vision import MiMoV2VisionAttention, MiMoV2VisionModel, MiMoV2VisionRotaryEmbedding
 from .quantization_mimo_v2 import check_scales
-from .weight_mapping_mimo_v2 import released_tensors
+from .weight_mapping_mimo_v2 import NOT_LOADED_PARTS, released_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -53,42 +54,13 @@ SINK_KERNELS = ["flash_attention_4", "kernels-community/vllm-flash-attn3"]
 ATTENTION_CHOICES = ("sdpa", "eager", *SINK_KERNELS)
 
 
-def explicit_masks(
-    config: MiMoV2Config,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None = None,
-    **kwargs,
-) -> dict[str, torch.Tensor]:
-    """Transformers' masks per layer type, [B, 1, queries, keys]: for static caches, packed sequences and 4-D masks.
-
-    Never left out as "plain causal": that would align the first query with the first key of a static cache.
-    """
-    functions = {
-        "full_attention": create_causal_mask,
-        "sliding_attention": create_sliding_window_causal_mask,
-    }
-    return {
-        layer_type: functions[layer_type](
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            allow_is_causal_skip=False,
-        )
-        for layer_type in dict.fromkeys(config.layer_types)
-    }
-
-
 @auto_docstring
 class MiMoV2PreTrainedModel(PreTrainedModel):
     config: MiMoV2Config
     base_model_prefix = "model"
-    input_modalities = ("text",)
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MiMoV2DecoderLayer"]
+    _no_split_modules = ["MiMoV2DecoderLayer", "MiMoV2VisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -115,6 +87,10 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, MiMoV2Attention) and module.attention_sink_bias is not None:
             init.zeros_(module.attention_sink_bias)
+        elif isinstance(module, MiMoV2VisionAttention) and module.sinks is not None:
+            init.zeros_(module.sinks)
+        elif isinstance(module, MiMoV2VisionRotaryEmbedding):
+            init.copy_(module.inv_freq, module.inverse_frequencies())
         elif isinstance(module, MiMoV2RotaryEmbedding):
             for layer_type in set(self.config.layer_types):
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), module.inverse_frequencies(layer_type))
@@ -157,7 +133,10 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
         if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
             check_file_names((load_config.sharded_metadata or {}).get("weight_map", {}))
             checkpoint = Checkpoint.from_files(checkpoint_files)
-            report = check_tensors(model.config, checkpoint.tensors)
+            # the backbone alone, and a model loaded with load_towers=False, have no place for the vision tower
+            blind = not isinstance(model, MiMoV2ForCausalLM) or model.visual is None
+            left_out = (*NOT_LOADED_PARTS, "vision") if blind else NOT_LOADED_PARTS
+            report = check_tensors(model.config, checkpoint.tensors, left_out)
             if report.fp8 and load_config.hf_quantizer is None:
                 raise ValueError("`quantization_config`: expected an entry in config.json for FP8 weights, got none.")
             slices = checkpoint.slices()
@@ -168,7 +147,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
             state_dict = {
                 name: part
                 for name, part in slices.items()
-                if targets[name.removesuffix("_scale_inv")].target is not None
+                if targets[name.removesuffix("_scale_inv")].part not in left_out
             }
             model.load_report = report
             logger.info(str(report))
@@ -305,7 +284,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
 
 
 @auto_docstring
-class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
+class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
     """MiMo-V2 with its language-model head.
 
     ```python
@@ -322,22 +301,70 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    create_masks_for_generate = staticmethod(explicit_masks)
 
     def __init__(self, config: MiMoV2Config):
         super().__init__(config)
         self.model = MiMoV2Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # CODEPATH: V2.5 and V2.6 see, V2.5-Pro and V2-Flash have no vision_config
+        has_tower = config.vision_config is not None and config.load_towers
+        self.visual = MiMoV2VisionModel(config.vision_config) if has_tower else None
         self.post_init()
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        # the default cache of this model; a cache or a cache_implementation that the user names is left alone
-        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if wanted and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HybridCache(self.config)
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    @can_return_tuple
+    @auto_docstring
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: [patches, channels * temporal_patch_size * patch_size**2], as the image processor makes them.
+            image_grid_thw: [images, 3], frames / 2, rows and columns of patches.
+
+        Returns:
+            `pooler_output`: one tensor per image, [t * h * w / spatial_merge_size**2, hidden], in reading order.
+
+        Raises:
+            ValueError: the model has no vision tower; patches and grids do not fit together.
+        """
+        return self.encode_pixels("image", pixel_values, image_grid_thw)
+
+    @can_return_tuple
+    @auto_docstring
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """`get_image_features` for videos; no attention between their temporal grids."""
+        return self.encode_pixels("video", pixel_values_videos, video_grid_thw)
+
+    def encode_pixels(self, modality: str, pixels: torch.Tensor, grid_thw: torch.Tensor) -> BaseModelOutputWithPooling:
+        names = MEDIA_INPUTS[modality]
+        if self.visual is None:
+            # CODEPATH: V2.5-Pro and V2-Flash have no vision_config; V2.5 and V2.6 may be loaded without the tower
+            why = "no vision_config" if self.config.vision_config is None else "loaded with load_towers=False"
+            raise ValueError(f"`{names[0]}`: expected a model with a vision tower, got one without ({why}).")
+        if grid_thw is None:
+            raise ValueError(f"`{names[1]}`: expected [media, 3] beside `{names[0]}`, got nothing.")
+        features = self.visual(pixels, grid_thw)
+        tokens = grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2
+        return BaseModelOutputWithPooling(pooler_output=list(features.split(tokens.tolist())))
+
+    def embed_media(
+        self, input_ids: torch.Tensor, media: dict[str, BaseModelOutputWithPooling], is_prefill: bool
+    ) -> torch.Tensor:
+        """[B, S] ids -> [B, S, hidden] embeddings, with the features of each modality at its placeholders."""
+        inputs_embeds = self.model.embed_tokens(input_ids)
+        for modality in MEDIA_INPUTS:
+            places = self.placeholders(input_ids, modality)
+            if modality in media:
+                features = torch.cat(media[modality].pooler_output)
+                check_placeholders(places, modality, len(features))
+                inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features.to(inputs_embeds))
+            elif is_prefill:
+                # a placeholder token that the model writes itself is none of our business
+                check_placeholders(places, modality, 0)
+        return inputs_embeds
 
     @can_return_tuple
     @auto_docstring
@@ -348,6 +375,11 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -355,11 +387,29 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """
         Args:
+            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: patches and grids of all images and
+                videos of the batch, row by row in the order of their placeholders in `input_ids`.
+            mm_encoder_outputs: "image" and "video" features encoded before, instead of the pixels.
             labels: [B, S] token ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits for the last n positions only (0: all), or for these positions.
 
-        The other arguments and the errors are those of `MiMoV2Model.forward`.
+        The other arguments and errors are those of `MiMoV2Model.forward`.
+
+        Raises:
+            ValueError: features and placeholders differ in number; media with `inputs_embeds` instead of `input_ids`;
+                media for a model without a vision tower.
         """
+        media = dict(mm_encoder_outputs or {})
+        if pixel_values is not None:
+            media["image"] = self.get_image_features(pixel_values, image_grid_thw)
+        if pixel_values_videos is not None:
+            media["video"] = self.get_video_features(pixel_values_videos, video_grid_thw)
+        if media and (input_ids is None or inputs_embeds is not None):
+            raise ValueError(f"`input_ids`: expected placeholders for {sorted(media)} features, got `inputs_embeds`.")
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        # CODEPATH: V2.5 and V2.6 have placeholders to look for, V2.5-Pro and V2-Flash none
+        if media or (is_prefill and inputs_embeds is None and self.config.vision_config is not None):
+            input_ids, inputs_embeds = None, self.embed_media(input_ids, media, is_prefill)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -15,6 +15,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -404,6 +405,81 @@ def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> to
         output = kernel(block_query, block_key, block_value, visible[:, None], False, scaling, sinks)
         outputs.append(output.transpose(1, 2).flatten(0, 1)[: stop - start])
     return torch.cat(outputs).view(batch, queries, heads, -1).transpose(1, 2)
+
+
+class WindowBlocks(NamedTuple):
+    """Sequences of a flat list of tokens, cut into blocks of queries with the keys around them.
+
+    `queries` [blocks, size] and `keys` [blocks, size + 2 * window] are places in the list; `visible` [blocks, 1, size,
+    size + 2 * window] says which key a query sees. The last block of a sequence is filled up: `real` [blocks * size]
+    is False for queries that stand there in vain. `first` [blocks, size + 2 * window] marks a sequence's first key,
+    `has_first` the blocks that see one.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    visible: torch.Tensor
+    real: torch.Tensor
+    first: torch.Tensor
+    has_first: list[bool]
+
+
+def window_blocks(lengths: torch.Tensor, window: int) -> WindowBlocks:
+    """Blocks of `window` queries of sequences of `lengths`; a query sees `window` keys on either side and itself."""
+    device, size = lengths.device, min(window, int(lengths.max()))
+    counts = (lengths + size - 1) // size
+    sequence = torch.repeat_interleave(counts)
+    starts, length = (lengths.cumsum(0) - lengths)[sequence, None], lengths[sequence, None]
+    block = torch.arange(len(sequence), device=device) - (counts.cumsum(0) - counts)[sequence]
+    rows, columns = torch.arange(size, device=device), torch.arange(size + 2 * window, device=device)
+    query = block[:, None] * size + rows
+    key = block[:, None] * size + columns - window
+    band = (columns >= rows[:, None]) & (columns <= rows[:, None] + 2 * window)
+    visible = band & ((key >= 0) & (key < length))[:, None, :]
+    return WindowBlocks(
+        starts + torch.minimum(query, length - 1),
+        starts + torch.minimum(key, length - 1).clamp(min=0),
+        visible[:, None],
+        (query < length).flatten(),
+        key == 0,
+        (key == 0).any(dim=1).tolist(),
+    )
+
+
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: WindowBlocks,
+    scaling: float,
+    sinks: torch.Tensor | None = None,
+    first_key_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over a window on both sides, in time and memory linear in the number of tokens.
+
+    Args:
+        query: [heads, tokens, D]. key, value: [kv heads, tokens, D]. Sequences one after the other, as in `blocks`.
+        sinks: one more logit per head that takes probability and gives no value, [heads].
+        first_key_bias: added to the logit of the first key of each sequence, [heads].
+
+    Returns:
+        [tokens, heads, D].
+    """
+    outputs, step = [], max(QUERY_BLOCK // blocks.queries.shape[1], 1)
+    for start in range(0, len(blocks.queries), step):
+        part = slice(start, start + step)
+        places, around = blocks.queries[part], blocks.keys[part]
+        block_query, block_key = query[:, places].transpose(0, 1), key[:, around].transpose(0, 1)
+        if first_key_bias is not None and any(blocks.has_first[part]):
+            # one more column of queries and keys adds the bias inside the product
+            bias = (first_key_bias / scaling).to(query.dtype)[:, None, None].expand(*block_query.shape[:3], 1)
+            mark = blocks.first[part].to(key.dtype)[:, None, :, None].expand(*block_key.shape[:3], 1)
+            block_query = F.pad(torch.cat((block_query, bias), dim=-1), (0, MORE_COLUMNS - 1))
+            block_key = F.pad(torch.cat((block_key, mark), dim=-1), (0, MORE_COLUMNS - 1))
+        block_value = value[:, around].transpose(0, 1)
+        output = attend(block_query, block_key, block_value, blocks.visible[part], False, scaling, sinks)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[blocks.real]
 
 
 def sdpa_attention_forward(

@@ -220,6 +220,9 @@ class MiMoV2FP8Quantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             return
         for name, module in list(model.named_modules()):
+            # no release quantizes the vision tower, whose MLPs have the same leaf names
+            if name.startswith("visual."):
+                continue
             parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             if isinstance(module, MiMoV2Experts):
                 aligned = model.config.moe_intermediate_size % FP8_BLOCK == 0

@@ -11,13 +11,14 @@ from typing import NamedTuple
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from .configuration_mimo_v2 import AttentionGeometry, MiMoV2Config
+from .configuration_mimo_v2_vision import MiMoV2VisionConfig
 
 
 # rows and columns of one FP8 scale block in every release
 FP8_BLOCK = 128
 
 # parts of a checkpoint that this version of the package has no modules for: known by name, left in the files
-NOT_LOADED_PARTS = ("mtp", "vision", "audio")
+NOT_LOADED_PARTS = ("mtp", "audio")
 
 
 class ReleasedTensor(NamedTuple):
@@ -68,18 +69,17 @@ def released_tensors(config: MiMoV2Config, fused_qkv_layout: str = "chunked") ->
         fused_qkv_layout: `"chunked"` or `"plain"`; changes the scale grid of a fused projection, not its shape.
 
     Raises:
-        ValueError: a vision or audio config without a field that the shapes need.
+        ValueError: an audio config without a field that the shapes need.
     """
     tensors = dict(_text_tensors(config, fused_qkv_layout))
     tensors.update(_mtp_tensors(config, fused_qkv_layout))
-    for field, part_config, table in (
-        ("vision_config", config.vision_config, _vision_tensors),
-        ("audio_config", config.audio_config, _audio_tensors),
-    ):
+    if config.vision_config is not None:
+        tensors.update(_vision_tensors(config.vision_config))
+    if config.audio_config is not None:
         try:
-            tensors.update(table(part_config) if part_config is not None else ())
+            tensors.update(_audio_tensors(config.audio_config))
         except KeyError as error:
-            raise ValueError(f"`{field}[{error}]`: expected a value, got nothing.") from error
+            raise ValueError(f"`audio_config[{error}]`: expected a value, got nothing.") from error
     return tensors
 
 
@@ -166,13 +166,13 @@ def _mtp_tensors(config: MiMoV2Config, layout: str) -> Iterator[tuple[str, Relea
             yield name, tensor._replace(target=None)
 
 
-def _vision_tensors(vision: dict) -> Iterator[tuple[str, ReleasedTensor]]:
-    """364 tensors in V2.5: head_dim 64, biases on qkv, proj and mlp, sinks on windowed blocks, a bias-free merger."""
-    hidden, intermediate, head_dim = vision["hidden_size"], vision["intermediate_size"], 64
-    query, key_value = vision["num_heads"] * head_dim, vision["num_key_value_heads"] * head_dim
-    patch = (vision["temporal_patch_size"], vision["patch_size"], vision["patch_size"])
-    shapes = {"patch_embed.proj.weight": (hidden, vision["in_chans"], *patch)}
-    for index in range(vision["depth"]):
+def _vision_tensors(vision: MiMoV2VisionConfig) -> Iterator[tuple[str, ReleasedTensor]]:
+    """364 tensors in V2.5: biases on qkv, proj and mlp, sinks on windowed blocks, a bias-free merger."""
+    hidden, intermediate = vision.hidden_size, vision.intermediate_size
+    query, key_value = vision.num_attention_heads * vision.head_dim, vision.num_key_value_heads * vision.head_dim
+    patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    shapes = {"patch_embed.proj.weight": (hidden, vision.num_channels, *patch)}
+    for index, block_type in enumerate(vision.block_types):
         block = f"blocks.{index}"
         shapes |= {f"{block}.norm1.weight": (hidden,), f"{block}.norm2.weight": (hidden,)}
         for name, rows, columns in (
@@ -183,16 +183,16 @@ def _vision_tensors(vision: dict) -> Iterator[tuple[str, ReleasedTensor]]:
             ("mlp.down_proj", hidden, intermediate),
         ):
             shapes |= {f"{block}.{name}.weight": (rows, columns), f"{block}.{name}.bias": (rows,)}
-        if vision["use_sink"] and index not in vision["fullatt_block_indexes"]:
-            shapes[f"{block}.attn.sinks"] = (vision["num_heads"],)
-    merged = hidden * vision["spatial_merge_size"] ** 2
+        if vision.use_sink and block_type != "full":
+            shapes[f"{block}.attn.sinks"] = (vision.num_attention_heads,)
+    merged = hidden * vision.spatial_merge_size**2
     shapes |= {
         "merger.ln_q.weight": (hidden,),
         "merger.mlp.0.weight": (merged, merged),
-        "merger.mlp.2.weight": (vision["out_hidden_size"], merged),
+        "merger.mlp.2.weight": (vision.out_hidden_size, merged),
     }
     for name, shape in shapes.items():
-        yield f"visual.{name}", ReleasedTensor(shape, "vision", None)
+        yield f"visual.{name}", ReleasedTensor(shape, "vision", f"visual.{name}")
 
 
 def _audio_tensors(audio: dict) -> Iterator[tuple[str, ReleasedTensor]]:

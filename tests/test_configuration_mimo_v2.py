@@ -96,7 +96,7 @@ def test_v2_5():
     assert config.routed_scaling_factor == 1.0
     assert config.num_mtp_layers == 3
     assert config.dtype == torch.bfloat16
-    assert isinstance(config.vision_config, dict)
+    assert config.vision_config.sliding_window == 64
     assert config.audio_config["audio_channels"] == 20
     assert config.processor_config["patch_size"] == 16
 

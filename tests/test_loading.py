@@ -24,9 +24,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = Path(modeling_mimo.__file__).parent / "data"
 INDEX = "model.safetensors.index.json"
-NAMES = ["fp8_fused", "bf16_fused", "fp8_split", "fp8_plain"]
-FP8_NAMES = ["fp8_fused", "fp8_split", "fp8_plain"]
-LAYOUT_OF = {"fp8_fused": "chunked", "bf16_fused": "chunked", "fp8_split": "split", "fp8_plain": "plain"}
+LAYOUT_OF = {
+    "fp8_fused": "chunked",
+    "bf16_fused": "chunked",
+    "fp8_split": "split",
+    "fp8_plain": "plain",
+    "fp8_vision": "chunked",
+}
+NAMES = list(LAYOUT_OF)
+FP8_NAMES = [name for name in NAMES if name.startswith("fp8")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 

@@ -81,11 +81,13 @@ def randomize(model, seed: int = 0):
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict().items()):
             noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")):
                 noise = 1 + 0.3 * noise
             elif name.endswith("e_score_correction_bias"):
                 # sigmoid scores differ by about as much: the bias decides some choices
                 noise = 0.2 * noise
+            elif name.endswith("patch_embed.proj.weight"):
+                noise = noise * tensor[0].numel() ** -0.5
             elif tensor.dim() > 1 and "embed_tokens" not in name:
                 noise = noise * tensor.shape[-1] ** -0.5
             tensor.copy_(noise)
@@ -166,3 +168,80 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e
     difference = (got.float() - expected.float()).abs().max().item()
     # written so that NaN fails
     assert difference <= tolerance, f"differs by {difference}"
+
+
+# row and column windows in runs, a window shorter than most grids, grouped heads, no attention width equal to another
+TINY_VISION = {
+    "depth": 6,
+    "fullatt_block_indexes": [0, 5],
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "in_chans": 3,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "num_query_groups": 2,
+    "out_hidden_size": TINY["hidden_size"],
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 16,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+    "use_sink": True,
+    "visual_token_window_size": 5,
+    "vit_window_attn_types": [-1, 0, 0, 1, 1, -1],
+    "window_size": 128,
+}
+IMAGE_ID, VIDEO_ID = 300, 301
+SIGHT = {"vision_config": TINY_VISION, "image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID, **SMALL}
+PATCH_VALUES = 3 * 2 * 16 * 16
+
+
+def sight_model(seed: int = 0, **changes) -> MiMoV2ForCausalLM:
+    """A float32 model with a vision tower whose features are as large as token embeddings."""
+    return tiny_model(seed, **{**SIGHT, **changes})
+
+
+def media_prompt(*segments, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of one row: an int is so many text tokens, ("image" or "video", t, h, w) a medium of random patches.
+
+    A video's placeholders are cut into one run per temporal grid with a text token between, as the processor does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids, pixels, grids = [], {"image": [], "video": []}, {"image": [], "video": []}
+    for segment in segments:
+        if isinstance(segment, int):
+            ids += torch.randint(0, IMAGE_ID, (segment,), generator=generator).tolist()
+            continue
+        kind, *grid = segment
+        run = [IMAGE_ID if kind == "image" else VIDEO_ID] * (grid[1] * grid[2] // 4)
+        for _ in range(grid[0]):
+            ids += [7, *run]
+        pixels[kind].append(torch.randn(grid[0] * grid[1] * grid[2], PATCH_VALUES, generator=generator))
+        grids[kind].append(grid)
+    inputs = {"input_ids": torch.tensor([ids])}
+    for kind, pixels_name, grid_name in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        if grids[kind]:
+            inputs |= {pixels_name: torch.cat(pixels[kind]), grid_name: torch.tensor(grids[kind])}
+    return inputs
+
+
+def batched(*rows: dict[str, torch.Tensor], pad_id: int = 3) -> dict[str, torch.Tensor]:
+    """Rows of `media_prompt` as one left-padded batch."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    ids, masks, others = [], [], {}
+    for row in rows:
+        padding = longest - row["input_ids"].shape[1]
+        ids.append(torch.nn.functional.pad(row["input_ids"], (padding, 0), value=pad_id))
+        masks.append((torch.arange(longest) >= padding).long()[None])
+        for name, tensor in row.items():
+            if name != "input_ids":
+                others.setdefault(name, []).append(tensor)
+    return {
+        "input_ids": torch.cat(ids),
+        "attention_mask": torch.cat(masks),
+        **{name: torch.cat(tensors) for name, tensors in others.items()},
+    }
