@@ -188,7 +188,7 @@ class MiMoV2VisionConfig(PreTrainedConfig):
             expect(got == expected, field, expected, got)
 
     def to_dict(self) -> dict[str, Any]:
-        """The tower's own fields in the released spelling; what loading adds (dtype, ...) belongs to the whole model."""
+        """The tower's own fields, in the released spelling; what loading adds (dtype, ...) is the whole model's."""
         values = super().to_dict()
         own = {field.name for field in fields(self)} - {field.name for field in fields(PreTrainedConfig)}
         # the base class expects the version in every nested dictionary, and takes it out

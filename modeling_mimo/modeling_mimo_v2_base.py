@@ -15,7 +15,6 @@
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -407,79 +406,56 @@ def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> to
     return torch.cat(outputs).view(batch, queries, heads, -1).transpose(1, 2)
 
 
-class WindowBlocks(NamedTuple):
-    """Sequences of a flat list of tokens, cut into blocks of queries with the keys around them.
-
-    `queries` [blocks, size] and `keys` [blocks, size + 2 * window] are places in the list; `visible` [blocks, 1, size,
-    size + 2 * window] says which key a query sees. The last block of a sequence is filled up: `real` [blocks * size]
-    is False for queries that stand there in vain. `first` [blocks, size + 2 * window] marks a sequence's first key,
-    `has_first` the blocks that see one.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    visible: torch.Tensor
-    real: torch.Tensor
-    first: torch.Tensor
-    has_first: list[bool]
-
-
-def window_blocks(lengths: torch.Tensor, window: int) -> WindowBlocks:
-    """Blocks of `window` queries of sequences of `lengths`; a query sees `window` keys on either side and itself."""
-    device, size = lengths.device, min(window, int(lengths.max()))
-    counts = (lengths + size - 1) // size
-    sequence = torch.repeat_interleave(counts)
-    starts, length = (lengths.cumsum(0) - lengths)[sequence, None], lengths[sequence, None]
-    block = torch.arange(len(sequence), device=device) - (counts.cumsum(0) - counts)[sequence]
-    rows, columns = torch.arange(size, device=device), torch.arange(size + 2 * window, device=device)
-    query = block[:, None] * size + rows
-    key = block[:, None] * size + columns - window
-    band = (columns >= rows[:, None]) & (columns <= rows[:, None] + 2 * window)
-    visible = band & ((key >= 0) & (key < length))[:, None, :]
-    return WindowBlocks(
-        starts + torch.minimum(query, length - 1),
-        starts + torch.minimum(key, length - 1).clamp(min=0),
-        visible[:, None],
-        (query < length).flatten(),
-        key == 0,
-        (key == 0).any(dim=1).tolist(),
-    )
-
-
 def window_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    blocks: WindowBlocks,
+    window: int,
     scaling: float,
     sinks: torch.Tensor | None = None,
     first_key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention over a window on both sides, in time and memory linear in the number of tokens.
+    """Attention over `window` keys on either side, in time and memory linear in the length.
+
+    Queries are cut into blocks of `window`; a block sees its own keys and `window` more before and behind. As in
+    `sliding_attention` the blocks are overlapping strided views; only a batch of several sequences copies them.
 
     Args:
-        query: [heads, tokens, D]. key, value: [kv heads, tokens, D]. Sequences one after the other, as in `blocks`.
+        query: [B, heads, S, D]. key, value: [B, kv heads, S, D].
         sinks: one more logit per head that takes probability and gives no value, [heads].
         first_key_bias: added to the logit of the first key of each sequence, [heads].
 
     Returns:
-        [tokens, heads, D].
+        [B, S, heads, D].
     """
-    outputs, step = [], max(QUERY_BLOCK // blocks.queries.shape[1], 1)
-    for start in range(0, len(blocks.queries), step):
-        part = slice(start, start + step)
-        places, around = blocks.queries[part], blocks.keys[part]
-        block_query, block_key = query[:, places].transpose(0, 1), key[:, around].transpose(0, 1)
-        if first_key_bias is not None and any(blocks.has_first[part]):
-            # one more column of queries and keys adds the bias inside the product
-            bias = (first_key_bias / scaling).to(query.dtype)[:, None, None].expand(*block_query.shape[:3], 1)
-            mark = blocks.first[part].to(key.dtype)[:, None, :, None].expand(*block_key.shape[:3], 1)
+    (batch, heads, length, _), device = query.shape, query.device
+    size = min(window, length)
+    blocks, span = -(-length // size), size + 2 * window
+    # queries that the last block lacks
+    tail = blocks * size - length
+    query = F.pad(query, (0, 0, 0, tail)).unflatten(2, (blocks, size)).transpose(1, 2)
+    key = F.pad(key, (0, 0, window, window + tail)).unfold(2, span, size).permute(0, 2, 1, 4, 3)
+    value = F.pad(value, (0, 0, window, window + tail)).unfold(2, span, size).permute(0, 2, 1, 4, 3)
+    row, column = torch.arange(size, device=device)[:, None], torch.arange(span, device=device)
+    place = torch.arange(0, blocks * size, size, device=device)[:, None] + column - window
+    visible = ((column >= row) & (column <= row + 2 * window)) & ((place >= 0) & (place < length))[:, None]
+    # blocks that see the first key; they carry its bias as one more column of queries and keys
+    near = 0 if first_key_bias is None else min(window // size + 1, blocks)
+    outputs = []
+    for part in (slice(0, near), slice(near, blocks)):
+        if part.start == part.stop:
+            continue
+        seen = visible[part, None].repeat(batch, 1, 1, 1)
+        block_query, block_key, block_value = (states[:, part].flatten(0, 1) for states in (query, key, value))
+        if part.start < near:
+            bias = (first_key_bias / scaling).to(query.dtype).view(1, heads, 1, 1).expand(*block_query.shape[:3], 1)
+            is_first = (place[part] == 0).repeat(batch, 1)[:, None, :, None].expand(*block_key.shape[:3], 1)
             block_query = F.pad(torch.cat((block_query, bias), dim=-1), (0, MORE_COLUMNS - 1))
-            block_key = F.pad(torch.cat((block_key, mark), dim=-1), (0, MORE_COLUMNS - 1))
-        block_value = value[:, around].transpose(0, 1)
-        output = attend(block_query, block_key, block_value, blocks.visible[part], False, scaling, sinks)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[blocks.real]
+            block_key = F.pad(torch.cat((block_key, is_first.to(key.dtype)), dim=-1), (0, MORE_COLUMNS - 1))
+        output = attend(block_query, block_key, block_value, seen, False, scaling, sinks)
+        outputs.append(output.transpose(1, 2).unflatten(0, (batch, -1)))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return output.flatten(1, 2)[:, :length]
 
 
 def sdpa_attention_forward(

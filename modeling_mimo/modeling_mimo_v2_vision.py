@@ -25,11 +25,9 @@ from .configuration_mimo_v2_vision import MiMoV2VisionConfig
 from .modeling_mimo_v2_base import (
     MiMoV2MLP,
     MiMoV2RMSNorm,
-    WindowBlocks,
     apply_rotary_,
     attend,
     window_attention,
-    window_blocks,
 )
 
 
@@ -45,7 +43,6 @@ class PatchLayout(NamedTuple):
     column_order: torch.Tensor
     row_order: torch.Tensor
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    blocks: WindowBlocks
 
 
 def frame_runs(grid_thw: torch.Tensor) -> list[tuple[int, int, int]]:
@@ -97,7 +94,7 @@ class MiMoV2VisionAttention(nn.Module):
         super().__init__()
         self.block_type, self.sink_type = block_type, config.sink_type
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, config.sliding_window
         self.scaling = self.head_dim**-0.5
         rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
         self.qkv = nn.Linear(config.hidden_size, rows)
@@ -108,34 +105,26 @@ class MiMoV2VisionAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
         """[patches, hidden] -> [patches, hidden]."""
         fused = self.qkv(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None]
-        sizes = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
-        starts = (0, sizes[0], sizes[0] + sizes[1])
         # narrow, not split: autograd forbids the rotation in place on one of several outputs of a function
-        query, key, value = (fused.narrow(1, start, size) for start, size in zip(starts, sizes))
-        rotary = layout.rotary["column" if self.block_type == "column" else "row"]
-        query, key = apply_rotary_(query, *rotary), apply_rotary_(key, *rotary)
-        if self.block_type == "full":
-            output = self.attend_in_full(query, key, value, layout)
-        else:
-            first_key, null_logit = self.sinks, None
-            # CODEPATH: the releases do not say; "null_logit" is the reading of SGLang and llama.cpp
-            if self.sink_type == "null_logit":
-                first_key, null_logit = None, self.sinks
-            output = window_attention(query[0], key[0], value[0], layout.blocks, self.scaling, null_logit, first_key)
-        return self.proj(output.flatten(1))
-
-    def attend_in_full(self, query, key, value, layout: PatchLayout) -> torch.Tensor:
-        """[1, heads, patches, D] -> [patches, heads, D]; frames of equal size are one batch."""
+        turned = fused.narrow(1, 0, self.num_heads + self.num_key_value_heads)
+        apply_rotary_(turned, *layout.rotary["column" if self.block_type == "column" else "row"])
         outputs, start = [], 0
         for count, size in layout.runs:
-            batch = [
-                part[0].narrow(1, start, count * size).unflatten(1, (count, size)).transpose(0, 1)
-                for part in (query, key, value)
-            ]
-            output = attend(*batch, None, False, self.scaling, None)
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
+            run = fused[0].narrow(1, start, count * size).unflatten(1, (count, size)).transpose(0, 1)
+            outputs.append(self.attend(*run.split([self.num_heads, *[self.num_key_value_heads] * 2], dim=1)))
             start += count * size
-        return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+        output = outputs[0] if len(outputs) == 1 else torch.cat([output.flatten(0, 1) for output in outputs])
+        return self.proj(output.reshape(len(hidden_states), -1))
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[frames, heads, patches, D] -> [frames, patches, heads, D]."""
+        if self.block_type == "full":
+            return attend(query, key, value, None, False, self.scaling, None).transpose(1, 2)
+        sinks = {"first_key_bias": self.sinks}
+        # CODEPATH: the publisher's code and vLLM bias the first key, SGLang and llama.cpp have a null logit
+        if self.sink_type == "null_logit":
+            sinks = {"sinks": self.sinks}
+        return window_attention(query, key, value, self.window, self.scaling, **sinks)
 
 
 class MiMoV2VisionBlock(GradientCheckpointingLayer):
@@ -151,17 +140,25 @@ class MiMoV2VisionBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
-class MiMoV2VisionPatchEmbed(nn.Module):
-    """The weight of a convolution whose kernel is one patch: a matrix product with the flattened patch."""
+class MiMoV2VisionPatchProjection(nn.Conv3d):
+    """A convolution whose kernel is one patch: a matrix product with the flattened patch."""
 
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return F.linear(pixel_values, self.weight.flatten(1))
+
+
+class MiMoV2VisionPatchEmbed(nn.Module):
     def __init__(self, config: MiMoV2VisionConfig):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.num_channels, config.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj = MiMoV2VisionPatchProjection(
+            config.num_channels, config.hidden_size, kernel, stride=kernel, bias=False
+        )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        weight = self.proj.weight.flatten(1)
-        return F.linear(pixel_values.to(weight.dtype), weight)
+        """[patches, channels * frames * patch size squared] -> [patches, hidden]."""
+        pixel_values = pixel_values.to(self.proj.weight.dtype)
+        return self.proj(pixel_values)
 
 
 class MiMoV2VisionMerger(nn.Module):
@@ -200,7 +197,7 @@ class MiMoV2VisionModel(nn.Module):
 
     @torch.no_grad()
     def patch_layout(self, grid_thw: torch.Tensor, device: torch.device) -> PatchLayout:
-        """Sequences, orders, rotary tables and window blocks of all media; everything that only depends on grids."""
+        """Sequences, orders and rotary tables of all media: everything that only depends on grids."""
         runs, merge = frame_runs(grid_thw), self.config.spatial_merge_size
         rows, columns, orders, start = [], [], [], 0
         for frames, height, width in runs:
@@ -215,9 +212,7 @@ class MiMoV2VisionModel(nn.Module):
         row_order[column_order] = torch.arange(start, device=device)
         cos, sin = self.rotary_pos_emb(torch.cat(rows), torch.cat(columns))
         rotary = {"row": (cos, sin), "column": (cos[:, column_order], sin[:, column_order])}
-        lengths = torch.cat([torch.full((frames,), height * width) for frames, height, width in runs])
-        blocks = window_blocks(lengths.to(device), self.config.sliding_window)
-        return PatchLayout([(f, h * w) for f, h, w in runs], column_order, row_order, rotary, blocks)
+        return PatchLayout([(f, h * w) for f, h, w in runs], column_order, row_order, rotary)
 
     def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> None:
         config = self.config
@@ -227,12 +222,15 @@ class MiMoV2VisionModel(nn.Module):
                 f"`pixel_values`: expected [patches, {values}] (channels * frames * patch size squared), "
                 f"got {list(pixel_values.shape)}."
             )
-        if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or bool((grid_thw < 1).any()):
-            raise ValueError(f"`grid_thw`: expected [media, 3] positive sizes, got {list(grid_thw.shape)}.")
-        if bool((grid_thw[:, 1:] % config.spatial_merge_size).any()):
+        if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+            raise ValueError(f"`grid_thw`: expected [media, 3], got {list(grid_thw.shape)}.")
+        merge = config.spatial_merge_size
+        wrong = (grid_thw < 1).any(-1) | (grid_thw[:, 1:] % merge).any(-1)
+        if wrong.any():
+            index = int(wrong.nonzero()[0])
             raise ValueError(
-                f"`grid_thw`: expected rows and columns that are multiples of {config.spatial_merge_size}, "
-                f"got {grid_thw[:, 1:].tolist()}."
+                f"`grid_thw[{index}]`: expected positive sizes, rows and columns multiples of {merge}, "
+                f"got {grid_thw[index].tolist()}."
             )
         if (patches := int(grid_thw.prod(-1).sum())) != len(pixel_values):
             raise ValueError(f"`pixel_values`: expected {patches} patches for `grid_thw`, got {len(pixel_values)}.")

@@ -1,14 +1,17 @@
 """Random checkpoints have the released format: names, dtypes, files, headers, index, config; and are reproducible."""
 
+import gzip
 import hashlib
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+import modeling_mimo
 from modeling_mimo.conversion import random_checkpoint
 from modeling_mimo.conversion.fp8 import dequantize_blocks, dequantize_chunks
 from modeling_mimo.conversion.random_checkpoint import (
@@ -403,3 +406,57 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "example:" in capsys.readouterr().out
+
+
+# With a vision tower ----------------------------------------------------------------------------------------------
+
+
+SHIPPED = Path(modeling_mimo.__file__).parent / "data" / "MiMo-V2.5"
+STUB_SHA256 = "b269e51b"
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("vision") / "seeing", vision=True)
+
+
+def test_vision_tensors_are_the_released_kinds_in_bfloat16(seeing):
+    kinds = set()
+    for line in gzip.open(SHIPPED / "tensor_manifest.tsv.gz", "rt", encoding="utf-8"):
+        name, dtype = line.split("\t")[:2]
+        if name.startswith("visual."):
+            kinds.add((kind_of(name), dtype))
+    got = {
+        (kind_of(name), entry["dtype"])
+        for header in read_headers(seeing).values()
+        for name, entry in header.items()
+        if name.startswith("visual.")
+    }
+    assert got == kinds
+
+
+def test_sinks_are_on_windowed_blocks_only(seeing):
+    types = read_json(seeing / "config.json")["vision_config"]["vit_window_attn_types"]
+    names = read_json(seeing / "model.safetensors.index.json")["weight_map"]
+    assert [f"visual.blocks.{block}.attn.sinks" in names for block in range(len(types))] == [k != -1 for k in types]
+
+
+def test_the_text_model_is_the_same_without_eyes(seeing, released):
+    text, both = read_tensors(released), read_tensors(seeing)
+    assert all(torch.equal(text[name].view(torch.uint8), both[name].view(torch.uint8)) for name in text)
+
+
+def test_vision_settings_are_the_released_ones(seeing):
+    config, shipped = read_json(seeing / "config.json"), read_json(SHIPPED / "config.json")
+    assert [key for key in config if key in shipped] == [key for key in shipped if key in config]
+    assert list(config["vision_config"]) == list(shipped["vision_config"])
+    ids = {key for key in config["processor_config"] if key.endswith("_token_id")}
+    for key, value in shipped["processor_config"].items():
+        assert config["processor_config"][key] == (value - 151675 + 2048 if key in ids else value), key
+    stub = (seeing / "preprocessor_config.json").read_bytes()
+    assert hashlib.sha256(stub).hexdigest().startswith(STUB_SHA256)
+
+
+def test_flash_has_no_vision():
+    with pytest.raises(ValueError, match="expected False with layout 'split'"):
+        released_config(layout="split", vision=True)
