@@ -32,6 +32,7 @@ RENAMED_KEYS = {
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "in_chans": "num_channels",
+    "qk_channels": "head_dim",
     "visual_token_window_size": "sliding_window",
 }
 
@@ -128,7 +129,12 @@ class MiMoV2VisionConfig(PreTrainedConfig):
         self._unread = {key: kwargs.pop(key) for key in UNREAD_KEYS if key in kwargs}
         for released, canonical in RENAMED_KEYS.items():
             if released in kwargs:
-                setattr(self, canonical, kwargs.pop(released))
+                value, default = kwargs.pop(released), type(self).__dataclass_fields__[canonical].default
+                if getattr(self, canonical) not in (default, value):
+                    raise ValueError(
+                        f"`vision_config.{released}`: expected {canonical}={getattr(self, canonical)}, got {value!r}."
+                    )
+                setattr(self, canonical, value)
         codes = kwargs.pop("vit_window_attn_types", None)
         derived = {key: kwargs.pop(key) for key in DERIVED_KEYS if key in kwargs}
         self.block_types = self._read_block_types(codes)

@@ -61,6 +61,7 @@ def test_the_switch_is_remembered(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_hidden_layers": 12}, r"`vision_config.depth`: expected num_hidden_layers=12, got 28"),
         ({"depth": 27}, r"`vision_config.block_types`: expected 27 names"),
         ({"vit_window_attn_types": [2] * 28}, r"`vision_config.vit_window_attn_types`: expected codes .* got 2"),
         ({"fullatt_block_indexes": [0, 9]}, r"`vision_config.fullatt_block_indexes`: expected \[0, 9, 18, 27\]"),

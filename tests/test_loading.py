@@ -637,3 +637,54 @@ def test_the_reference_formula_is_the_one_that_counts_blocks_per_chunk(checkpoin
     assert len(split_qkv(right, config, True)) == 3
     rows = torch.arange(weight.shape[0]) // 128
     assert not torch.equal(weight.float() * scale[rows].repeat_interleave(128, 1)[:, : weight.shape[1]], right)
+
+
+# Vision -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary_frequencies_of_the_tower_stay_float32(checkpoints, dtype):
+    model = load(checkpoints["fp8_vision"], dtype=dtype)
+    assert model.visual.rotary_pos_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.visual.rotary_pos_emb.inv_freq, model.visual.rotary_pos_emb.inverse_frequencies())
+
+
+def test_no_tower_is_loaded_where_none_is_wanted(checkpoints, tmp_path):
+    model = load(checkpoints["fp8_vision"], load_towers=False)
+    assert model.visual is None
+    vision = len([name for name in read_tensors(checkpoints["fp8_vision"]) if name.startswith("visual.")])
+    assert model.load_report.not_loaded["vision"] == vision
+    assert torch.equal(logits(model), logits(load(checkpoints["fp8_vision"])))
+    # the saved folder remembers, and still knows what it has no tensors for
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.visual is None
+    assert again.config.vision_config is not None
+    assert_same_state(again, model)
+
+
+def test_the_base_model_leaves_the_tower_in_the_files(checkpoints):
+    base, whole = AutoModel.from_pretrained(checkpoints["fp8_vision"]), load(checkpoints["fp8_vision"])
+    assert_same_state(base, whole.model)
+    assert "vision" in base.load_report.not_loaded
+
+
+def test_a_missing_tower_is_an_error_that_says_what_to_do(checkpoints, tmp_path):
+    folder = tmp_path / "blind"
+    shutil.copytree(checkpoints["fp8_vision"], folder)
+    for path in folder.glob("*.safetensors"):
+        save_file({name: tensor for name, tensor in read_file(path).items() if not name.startswith("visual.")}, path)
+    index = read_json(folder, INDEX)
+    index["weight_map"] = {n: file for n, file in index["weight_map"].items() if not n.startswith("visual.")}
+    write_json(folder, index, INDEX)
+    with pytest.raises(ValueError, match=r"missing \(\d+\): visual\..*pass load_towers=False"):
+        load(folder)
+    assert load(folder, load_towers=False).visual is None
+
+
+def test_a_tower_without_one_tensor_is_refused(checkpoints, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoints["fp8_vision"], folder)
+    rewrite(folder, "visual.merger.ln_q.weight", lambda tensor: None)
+    with pytest.raises(ValueError, match=r"missing \(1\): visual\.merger\.ln_q\.weight$"):
+        load(folder)
