@@ -10,6 +10,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
+from .auto_mimo_v2 import route_auto_processor
 from .cache_mimo_v2 import HybridCache
 from .configuration_mimo_v2 import FLASH_MODEL_TYPE, MiMoV2Config
 from .modeling_mimo_v2 import MiMoV2ForCausalLM, MiMoV2Model
@@ -25,6 +26,7 @@ for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel
     _auto_class.register(MiMoV2Config, MiMoV2ForCausalLM, exist_ok=True)
 for _model_class in (MiMoV2Model, MiMoV2ForCausalLM):
     register_checkpoint_conversion_mapping(_model_class.__name__, expert_conversions(), overwrite=True)
+route_auto_processor()
 
 
 __all__ = ["HybridCache", "MiMoV2Config", "MiMoV2FP8Config", "MiMoV2ForCausalLM", "MiMoV2Model"]

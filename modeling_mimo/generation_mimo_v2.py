@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_mimo_v2 import HybridCache
 from .configuration_mimo_v2 import MiMoV2Config
@@ -104,7 +105,8 @@ class MiMoV2GenerationMixin(GenerationMixin):
             pixels, grid_thw = model_kwargs.pop(pixels_name, None), model_kwargs.pop(grid_name, None)
             places = self.placeholders(inputs_tensor, modality)
             if pixels is not None:
-                outputs[modality] = self.encode_new_media(modality, pixels, grid_thw, places, cached)
+                output = self.encode_new_media(modality, pixels, grid_thw, places, cached)
+                outputs |= {modality: output} if output.pooler_output else {}
             elif places is not None:
                 check_placeholders(places[:, cached:], modality, 0)
         model_kwargs["mm_encoder_outputs"] = outputs
@@ -129,6 +131,8 @@ class MiMoV2GenerationMixin(GenerationMixin):
         # placeholders in reading order, and whether each is new
         is_new = [part >= cached for part in places.nonzero()[:, 1].split(tokens)]
         wanted = [bool(part.any()) for part in is_new]
+        if not any(wanted):
+            return BaseModelOutputWithPooling(pooler_output=[])
         patches = pixels.split(grid_thw.prod(-1).tolist())
         output = encode(
             torch.cat([pixels[:0], *itertools.compress(patches, wanted)]),

@@ -135,6 +135,23 @@ def test_a_second_turn_encodes_only_its_own_media(model, encoded):
     assert encoded == [[[1, 2, 4]], [[2, 2, 2]]]
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_second_turn_may_bring_media_of_another_kind_or_none(model, encoded, chunk):
+    turns = [(5, ("image", 1, 4, 6), 3), (2, ("video", 2, 2, 2), 1), (4,)]
+    cache = HybridCache(model.config)
+    with torch.no_grad():
+        model(**media_prompt(*turns[0]), past_key_values=cache, use_cache=True)
+    for number, grids in ((2, [[[2, 2, 2]]]), (3, [])):
+        inputs = media_prompt(*(segment for turn in turns[:number] for segment in turn))
+        expected = greedy(model, inputs)
+        encoded.clear()
+        got = greedy(model, inputs, past_key_values=cache, prefill_chunk_size=chunk)
+        assert got.tolist() == expected.tolist()
+        assert encoded == grids
+        # back to the end of the prompt: the next turn goes on from there
+        cache.crop(inputs["input_ids"].shape[1] - cache.get_seq_length())
+
+
 @pytest.mark.parametrize("length", [8, 9, 13, 14])
 def test_a_cache_may_end_inside_an_image(model, encoded, length):
     inputs = media_prompt(*PROMPT)

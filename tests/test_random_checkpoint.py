@@ -421,11 +421,9 @@ def seeing(tmp_path_factory):
 
 
 def test_vision_tensors_are_the_released_kinds_in_bfloat16(seeing):
-    kinds = set()
-    for line in gzip.open(SHIPPED / "tensor_manifest.tsv.gz", "rt", encoding="utf-8"):
-        name, dtype = line.split("\t")[:2]
-        if name.startswith("visual."):
-            kinds.add((kind_of(name), dtype))
+    lines = gzip.decompress((SHIPPED / "tensor_manifest.tsv.gz").read_bytes()).decode("utf-8").splitlines()
+    rows = [line.split("\t")[:2] for line in lines if line.startswith("visual.")]
+    kinds = {(kind_of(name), dtype) for name, dtype in rows}
     got = {
         (kind_of(name), entry["dtype"])
         for header in read_headers(seeing).values()

@@ -94,18 +94,22 @@ config = AutoConfig.for_model("mimo_v2")
 autos = AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 print([auto._model_mapping[type(config)].__name__ for auto in autos])
 import importlib
+route = transformers.AutoProcessor.from_pretrained.__func__
 print(importlib.reload(modeling_mimo).MiMoV2Config().vocab_size)
+# AutoProcessor imports the processors when it first meets a MiMo checkpoint
+print(route.__module__, route is transformers.AutoProcessor.from_pretrained.__func__)
 """
 
 
 def test_importing_registers_and_does_nothing_else():
-    unchanged, others, registered, reloaded = run_python(IMPORTS.format(folders=FOLDERS)).strip().split("\n")
+    unchanged, others, registered, reloaded, routed = run_python(IMPORTS.format(folders=FOLDERS)).strip().split("\n")
     # environment, threads and default dtype and attention functions, random state, warning filters
     assert unchanged == "[True, True, True, True]"
     assert others == "[]"
     assert registered == str(["MiMoV2Model", *["MiMoV2ForCausalLM"] * 3])
     # a second import registers again without an error
     assert reloaded == "152576"
+    assert routed == "modeling_mimo.auto_mimo_v2 True"
 
 
 def test_the_public_names():
