@@ -6,7 +6,7 @@ READY := .venv/ready
 .PHONY: demo test check bench style
 
 demo: $(READY)
-	$(BIN)/mimo demo --text README.md
+	$(BIN)/mimo demo --text README.md --image examples/media/chart.png --video examples/media/clip.mp4
 
 test: $(READY)
 	$(BIN)/python -m pytest

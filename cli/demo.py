@@ -7,22 +7,26 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+from .chat import check_sources
+
 
 EXAMPLE = """example:
-  mimo demo --text README.md --max-new-tokens 64
+  mimo demo --text README.md --image examples/media/chart.png --video examples/media/clip.mp4
 
-The weights are random, so the text it writes is noise; formats, loading, cache and speed are real.
+The weights are random, so what it writes is noise; formats, loading, media, cache and speed are real.
 """
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "demo",
-        help="write a small random checkpoint in the released format, load it, generate from a text file",
+        help="write a small random checkpoint in the released format, load it, show it a text, an image, a video",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--text", type=Path, help="text file to continue (default: a text of the package)")
+    parser.add_argument("--image", help="image file or URL to ask about")
+    parser.add_argument("--video", help="video file or URL to ask about")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens to generate (default: 48)")
     parser.add_argument(
         "--size", choices=("tiny", "demo"), default="demo", help="10M or 55M parameters (default: demo)"
@@ -37,6 +41,7 @@ def run(args) -> int:
     text = read_text(args.text)
     if args.max_new_tokens < 1:
         raise ValueError(f"`--max-new-tokens`: expected at least 1, got {args.max_new_tokens}.")
+    check_sources({"image": [args.image] if args.image else [], "video": [args.video] if args.video else []})
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch) / "checkpoint"
         show(folder, text, args)
@@ -56,7 +61,7 @@ def read_text(path: Path | None) -> str:
 
 
 def show(folder: Path, text: str, args) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     from modeling_mimo import MiMoV2FP8Config
@@ -64,21 +69,26 @@ def show(folder: Path, text: str, args) -> None:
 
     logging.set_verbosity_error()
     start = time.perf_counter()
-    write_random_checkpoint(folder, size=args.size, seed=args.seed)
+    write_random_checkpoint(folder, size=args.size, seed=args.seed, vision=True)
     names = sorted(path.name for path in folder.iterdir())
     print(f"wrote {folder} in {time.perf_counter() - start:.1f} s: {', '.join(names)}\n")
 
     start = time.perf_counter()
     quantization = {"quantization_config": MiMoV2FP8Config(dequantize=False)} if args.fp8_resident else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, **quantization)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    print(f"loaded {type(model).__name__} in {time.perf_counter() - start:.1f} s")
+    model = AutoModelForImageTextToText.from_pretrained(folder, **quantization)
+    processor = AutoProcessor.from_pretrained(folder)
+    print(f"loaded {type(model).__name__} and {type(processor).__name__} in {time.perf_counter() - start:.1f} s")
     print(f"{model.load_report}\n")
     print(layer_map(model.config))
 
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    ids = processor.tokenizer(text, return_tensors="pt").input_ids
     ids = ids[:, : model.config.max_position_embeddings - args.max_new_tokens]
-    generate(model, tokenizer, ids, args.max_new_tokens)
+    generate(model, processor.tokenizer, ids, args.max_new_tokens)
+    media = [(kind, source) for kind, source in (("image", args.image), ("video", args.video)) if source]
+    if media:
+        print()
+        answer_about(media, model, processor, args.max_new_tokens)
+    print("(random weights: what the model writes is noise)")
 
 
 def layer_map(config) -> str:
@@ -124,13 +134,40 @@ def generate(model, tokenizer, ids, max_new_tokens: int) -> None:
     seconds = time.perf_counter() - start
     new = output.shape[1] - ids.shape[1]
     print(f"\ngenerated {new} tokens in {seconds:.2f} s ({new / seconds:.1f} tokens/s)")
-    held, full = cache.nbytes(), full_attention_bytes(model.config, cache.get_seq_length(), model.dtype.itemsize)
+    print(cache_line(cache, model))
+    sys.stdout.flush()
+
+
+def answer_about(media: list[tuple[str, str]], model, processor, max_new_tokens: int) -> None:
+    """Prints the layout of a question about the media, pairs of kind and source, and the answer to it."""
+    from .chat import Printer
+    from .chat_session import ChatSession
+
+    session = ChatSession(model, processor, max_new_tokens=max_new_tokens)
+    for kind, source in media:
+        print(session.attach(kind, source))
+    question = f"What {'does' if len(media) == 1 else 'do'} the {' and the '.join(kind for kind, _ in media)} show?"
+    print(f"\n{question} >>>", end=" ")
+    printer = Printer()
+    session.ask(question, printer.show)
+    printer.close()
+    print(f"\n{session.explain()}\n")
+    stats = session.stats()
     print(
+        f"prompt: {stats['prompt']:,} tokens, read in {stats['prefill_seconds']:.2f} s with the vision tower; "
+        f"generated {stats['answer']} tokens in {stats['decode_seconds']:.2f} s"
+    )
+    print(cache_line(session.cache, model))
+
+
+def cache_line(cache, model) -> str:
+    """What a cache holds, in MiB, beside what it would hold if every layer kept all tokens."""
+    held, full = cache.nbytes(), full_attention_bytes(model.config, cache.get_seq_length(), model.dtype.itemsize)
+    return (
         f"KV cache for {cache.get_seq_length():,} tokens: {held['total'] / 2**20:.1f} MiB "
         f"(global {held['full_attention'] / 2**20:.1f}, sliding {held['sliding_attention'] / 2**20:.1f}); "
         f"all layers global would need {full / 2**20:.1f} MiB"
     )
-    sys.stdout.flush()
 
 
 def full_attention_bytes(config, tokens: int, itemsize: int) -> int:
