@@ -16,11 +16,11 @@
 import numbers
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput
@@ -32,8 +32,8 @@ from .media_loading_mimo_v2 import TIMEOUT, flatten_images, load_image
 MAX_ASPECT_RATIO = 200
 # of a patch
 CHANNELS = 3
-# resized at a time: 3 MB of floats, which a processor's cache holds and the allocator reuses
-BAND_PIXELS = 2**18
+# resized at a time: 1.5 MB of floats, which a core's cache holds and the allocator reuses
+BAND_PIXELS = 2**17
 # settings that may be None
 OPTIONAL = ("num_frames", "min_frames")
 KIND_NAMES = {numbers.Real: "a number", numbers.Integral: "an integer"}
@@ -89,8 +89,8 @@ def write_patches(frame: torch.Tensor, out: torch.Tensor, settings: dict[str, An
     """Resizes and normalizes one frame and cuts it into patches.
 
     Equal to (x - 255 mean) / (255 std) of F.interpolate(x, size, mode="bilinear"), without antialias, of the frame as
-    floats. It goes by bands, because a 4K photo would need three copies of itself as floats, and getting their memory
-    takes longer than resizing does.
+    floats. It goes by bands, because getting memory for a 4K photo as floats takes longer than resizing it, and with
+    NumPy, because threads of PyTorch would wait for one another after each operation on a band.
 
     Args:
         frame: [3, H, W] of 0 to 255.
@@ -99,33 +99,51 @@ def write_patches(frame: torch.Tensor, out: torch.Tensor, settings: dict[str, An
     rows, columns, merge, _, _, _, patch, _ = out.shape
     unit = merge * patch
     height, width = rows * unit, columns * unit
-    # resizing needs rows of numbers, Pillow and FFmpeg give pixels of three
-    frame = frame.contiguous()
-    mean, std = (torch.tensor(settings[name]).mul(255).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-    above, below, weight = _row_weights(frame.shape[1], height)
+    # bands are rows of numbers, Pillow and FFmpeg give pixels of three
+    frame, out = frame.contiguous().numpy(), out.numpy()
+    mean, std = (np.float32(settings[name]).reshape(CHANNELS, 1, 1) * 255 for name in ("image_mean", "image_std"))
+    above, below, lower = _neighbors(frame.shape[1], height)
+    left, right, righter = _neighbors(frame.shape[2], width)
     step = max(1, BAND_PIXELS // (unit * width))
-    for first in range(0, rows, step):
+
+    def write_band(first: int) -> None:
         band = slice(first * unit, (first + step) * unit)
-        pixels = frame[:, above[band]].float()
-        if frame.shape[1] != height:
-            pixels = torch.lerp(pixels, frame[:, below[band]].float(), weight[band])
+        if frame.shape[1] == height:
+            pixels = frame[:, band].astype(np.float32)
+        else:
+            pixels = _mixed(frame[:, above[band]], frame[:, below[band]], lower[band, None])
         if frame.shape[2] != width:
-            pixels = F.interpolate(pixels[None], (pixels.shape[1], width), mode="bilinear", align_corners=False)[0]
-        pixels = pixels.sub_(mean).div_(std).view(CHANNELS, -1, merge, patch, columns, merge, patch)
-        out[first : first + step].copy_(pixels.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5))
+            pixels = _mixed(pixels.take(left, axis=2), pixels.take(right, axis=2), righter)
+        pixels -= mean
+        pixels /= std
+        patches = pixels.reshape(CHANNELS, -1, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
+        out[first : first + step] = patches[:, :, :, :, :, None]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # a list, so that errors come out
+        list(pool.map(write_band, range(0, rows, step)))
 
 
-def _row_weights(before: int, after: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each row after a bilinear resize: the rows before it that it lies between, and the lower one's weight.
+def _neighbors(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each row (or column) after a bilinear resize, the two before it that it lies between, and the weight of the
+    second one.
 
     Positions are rounded to float32 once, as F.interpolate's fused multiply-add does: 2160 rows away from 0, a second
     rounding would move a row by a ten-thousandth and a pixel by 0.03 of 255.
     """
     scale = np.float64(np.float32(before / after))
     position = np.maximum((np.arange(after) + 0.5) * scale - 0.5, 0).astype(np.float32)
-    above = np.minimum(position.astype(np.int64), before - 1)
-    weight = torch.from_numpy(position - above.astype(np.float32))
-    return torch.from_numpy(above), torch.from_numpy(np.minimum(above + 1, before - 1)), weight[:, None]
+    first = np.minimum(position.astype(np.int64), before - 1)
+    return first, np.minimum(first + 1, before - 1), position - first.astype(np.float32)
+
+
+def _mixed(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """first + weight (second - first) as floats."""
+    first, second = first.astype(np.float32, copy=False), second.astype(np.float32, copy=False)
+    second -= first
+    second *= weight
+    second += first
+    return second
 
 
 def check_settings(settings: dict[str, Any], known: Iterable[str]) -> None:
