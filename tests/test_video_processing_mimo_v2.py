@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import socket
 from fractions import Fraction
 from pathlib import Path
 
@@ -195,6 +196,20 @@ def test_variable_rate(processor, tmp_path, name):
     assert_agrees(processor(path, fps=5, **UNCHANGED), path, spread(count, 50))
 
 
+@pytest.mark.parametrize("name", ["b.avi", "a.h264"])
+def test_files_without_times(processor, tmp_path, name):
+    """AVI and raw streams: their frames are counted in the order in which they come out of the decoder."""
+    if H264 == "mpeg4":
+        pytest.skip("this FFmpeg cannot write H.264")
+    path = video_file(tmp_path / name, clip(40), options=B_FRAMES, rate=25)
+    _, frames, between = decode_all(path)
+    assert between > 10
+    inputs = processor(path, num_frames=12, **UNCHANGED)
+    taken = spread(12, 40)
+    assert torch.allclose(frames_of(inputs), normalized([frames[at] for at in taken]), atol=1e-5)
+    assert inputs["video_timestamps"] == [[at / 25 for at in taken[::2]]]
+
+
 def test_all_frames_one_by_one(processor, tmp_path):
     path = written(tmp_path, "a.mp4", 37, times=milliseconds(37), rate=30)
     assert_agrees(processor(path, num_frames=37, **UNCHANGED), path, spread(36, 37))
@@ -324,6 +339,7 @@ def test_frames_without_times_are_taken_at_fps(processor):
         inputs = processor(form, **UNCHANGED)
         assert torch.allclose(frames_of(inputs), expected, atol=1e-4)
         assert inputs["video_timestamps"] == [[0, 2, 4]]
+        assert inputs["video_metadata"][0]["frames_indices"] == [0, 1, 2, 3, 4, 4]
     inputs = processor(frames, fps=4, **UNCHANGED)
     assert torch.allclose(frames_of(inputs), expected, atol=1e-5)
     assert inputs["video_timestamps"] == [[0, 0.5, 1]]
@@ -444,6 +460,8 @@ def files(tmp_path_factory):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         container.mux(stream.encode())
     fast = (folder / "front.mp4").read_bytes()
+    with av.open(io.BytesIO(fast)) as container:
+        boundary = [packet.pos for packet in container.demux(video=0)][30]
     first, *others = map(Image.fromarray, clip(9))
     pictures = image_file(first, "GIF", save_all=True, append_images=others)
     contents = {
@@ -451,6 +469,7 @@ def files(tmp_path_factory):
         "empty.mp4": b"",
         "truncated.mp4": whole[: len(whole) * 2 // 3],
         "cut.mp4": fast[: len(fast) * 4 // 5],
+        "boundary.mp4": fast[:boundary],
         "cut.gif": pictures[: len(pictures) // 2],
     }
     assert fast.index(b"moov") < fast.index(b"mdat")
@@ -472,6 +491,7 @@ def files(tmp_path_factory):
         ("empty.mp4", "an empty one"),
         ("truncated.mp4", "a whole video file"),
         ("cut.mp4", "cut off"),
+        ("boundary.mp4", "expected 40 frames, got 30: the file is cut off"),
         ("cut.gif", "a whole image"),
         ("sound.mp4", "a video, got a file of audio"),
         ("cover.mp4", "a video, got a file of audio"),
@@ -487,6 +507,14 @@ def test_a_bad_file_is_named_by_its_index(processor, files, name, part):
     assert len(message) < 300
     if (files / name).is_file():
         one_line_error(lambda: processor((files / name).read_bytes()), "videos[0]: ")
+
+
+def test_a_server_that_fails_is_named(processor):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/cat.mp4"
+    message = one_line_error(lambda: processor([FRAMES, url], timeout=5), "videos[1]: ", OSError)
+    assert url in message
 
 
 def test_a_file_whose_frame_cannot_be_decoded_is_refused(processor, tmp_path):
