@@ -189,6 +189,28 @@ class MiMoV2ImageProcessorKwargs(TypedDict, total=False):
     image_std: list[float] | None
 
 
+class ReleasedSettings:
+    """What image and video processors share: settings by the names of `valid_kwargs`, those of a release, and those of
+    one call."""
+
+    # setting -> its name in `processor_config`
+    released_names: dict[str, str]
+
+    @classmethod
+    def from_processor_config(cls, processor_config: dict[str, Any]) -> "ReleasedSettings":
+        """From the `processor_config` of a released config.json."""
+        settings = {own: processor_config.get(name) for own, name in cls.released_names.items()}
+        return cls(**{name: value for name, value in settings.items() if value is not None})
+
+    def settings(self, **changes) -> dict[str, Any]:
+        """This processor's settings with `changes`, of which None changes nothing. ValueError: not possible ones."""
+        known = self.valid_kwargs.__annotations__
+        values = {name: vars(self)[name] for name in known}
+        values |= {name: value for name, value in changes.items() if value is not None or name not in known}
+        check_settings(values, known)
+        return values
+
+
 @auto_docstring(
     custom_intro="""
     Images to `pixel_values` and `image_grid_thw`.
@@ -197,11 +219,10 @@ class MiMoV2ImageProcessorKwargs(TypedDict, total=False):
     preprocessor_config.json names another class, and pixel bounds that the models are not served with.
     """
 )
-class MiMoV2ImageProcessor(BaseImageProcessor):
+class MiMoV2ImageProcessor(ReleasedSettings, BaseImageProcessor):
     valid_kwargs = MiMoV2ImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
-    # setting -> its name in `processor_config`
     released_names = {
         "min_pixels": "image_min_pixels",
         "max_pixels": "image_max_pixels",
@@ -240,12 +261,6 @@ class MiMoV2ImageProcessor(BaseImageProcessor):
         self.settings(**{name: value for name, value in kwargs.items() if name not in SERVICE_KEYS})
 
     @classmethod
-    def from_processor_config(cls, processor_config: dict[str, Any]) -> "MiMoV2ImageProcessor":
-        """From the `processor_config` of a released config.json."""
-        settings = {own: processor_config.get(name) for own, name in cls.released_names.items()}
-        return cls(**{name: value for name, value in settings.items() if value is not None})
-
-    @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """What `save_pretrained` wrote, else the settings of a release."""
         try:
@@ -257,14 +272,6 @@ class MiMoV2ImageProcessor(BaseImageProcessor):
             pass
         processor_config, unused = released_settings(pretrained_model_name_or_path, kwargs)
         return cls.from_processor_config(processor_config).to_dict(), unused
-
-    def settings(self, **changes) -> dict[str, Any]:
-        """This processor's settings with `changes`, of which None changes nothing. ValueError: not possible ones."""
-        known = self.valid_kwargs.__annotations__
-        values = {name: vars(self)[name] for name in known}
-        values |= {name: value for name, value in changes.items() if value is not None or name not in known}
-        check_settings(values, known)
-        return values
 
     @auto_docstring
     def preprocess(

@@ -29,8 +29,8 @@ from transformers.video_utils import VideoInput, VideoMetadata
 
 from .image_processing_mimo_v2 import (
     SERVICE_KEYS,
+    ReleasedSettings,
     allocate_patches,
-    check_settings,
     grid_of,
     released_settings,
     write_patches,
@@ -117,11 +117,10 @@ class MiMoV2VideoProcessorKwargs(TypedDict, total=False):
     `from_pretrained` of a release takes the settings from `processor_config` in its config.json.
     """
 )
-class MiMoV2VideoProcessor(VideoProcessorMixin):
+class MiMoV2VideoProcessor(ReleasedSettings, VideoProcessorMixin):
     valid_kwargs = MiMoV2VideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
-    # setting -> its name in `processor_config`
     released_names = {
         "fps": "fps",
         "num_frames": "num_frames",
@@ -181,12 +180,6 @@ class MiMoV2VideoProcessor(VideoProcessorMixin):
         self.settings(**{name: value for name, value in kwargs.items() if name not in SERVICE_KEYS})
 
     @classmethod
-    def from_processor_config(cls, processor_config: dict[str, Any]) -> "MiMoV2VideoProcessor":
-        """From the `processor_config` of a released config.json."""
-        settings = {own: processor_config.get(name) for own, name in cls.released_names.items()}
-        return cls(**{name: value for name, value in settings.items() if value is not None})
-
-    @classmethod
     def get_video_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """What `save_pretrained` wrote, else the settings of a release."""
         try:
@@ -200,11 +193,8 @@ class MiMoV2VideoProcessor(VideoProcessorMixin):
         return cls.from_processor_config(processor_config).to_dict(), unused
 
     def settings(self, **changes) -> dict[str, Any]:
-        """This processor's settings with `changes`, of which None changes nothing. ValueError: not possible ones."""
-        known = self.valid_kwargs.__annotations__
-        values = {name: vars(self)[name] for name in known}
-        values |= {name: value for name, value in changes.items() if value is not None or name not in known}
-        check_settings(values, known)
+        """As of images; `fps` takes the place of the processor's `num_frames`."""
+        values = super().settings(**changes)
         if changes.get("fps") is not None:
             if changes.get("num_frames") is not None:
                 raise ValueError(
