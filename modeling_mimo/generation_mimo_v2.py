@@ -124,10 +124,14 @@ class MiMoV2GenerationMixin(GenerationMixin):
         A medium that straddles the end of the cache is encoded whole, and only its missing rows are kept.
         """
         encode = self.get_image_features if modality == "image" else self.get_video_features
-        if places is None or cached == 0:
+        if places is None or grid_thw is None:
+            # raises, and says why
             return encode(pixels, grid_thw)
         tokens = (grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        # before minutes are spent on encoding
         check_placeholders(places, modality, sum(tokens))
+        if cached == 0:
+            return encode(pixels, grid_thw)
         # placeholders in reading order, and whether each is new
         is_new = [part >= cached for part in places.nonzero()[:, 1].split(tokens)]
         wanted = [bool(part.any()) for part in is_new]
