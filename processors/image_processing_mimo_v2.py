@@ -15,7 +15,7 @@
 
 import numbers
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
@@ -202,6 +202,20 @@ class ReleasedSettings:
         settings = {own: processor_config.get(name) for own, name in cls.released_names.items()}
         return cls(**{name: value for name, value in settings.items() if value is not None})
 
+    @classmethod
+    def saved_or_released(cls, read: Callable, name_or_path: str | os.PathLike, kwargs: dict) -> tuple[dict, dict]:
+        """Settings that `read`, Transformers' own reader, finds if our class saved them, else those of a release; and
+        the arguments that were not for finding them."""
+        try:
+            settings, unused = read(name_or_path, **kwargs)
+            if cls.__name__ in (settings.get("image_processor_type"), settings.get("video_processor_type")):
+                return settings, unused
+        except OSError:
+            # no file of a processor; if there is no config.json either, the next line says so
+            pass
+        processor_config, unused = released_settings(name_or_path, kwargs)
+        return cls.from_processor_config(processor_config).to_dict(), unused
+
     def settings(self, **changes) -> dict[str, Any]:
         """This processor's settings with `changes`, of which None changes nothing. ValueError: not possible ones."""
         known = self.valid_kwargs.__annotations__
@@ -263,15 +277,7 @@ class MiMoV2ImageProcessor(ReleasedSettings, BaseImageProcessor):
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """What `save_pretrained` wrote, else the settings of a release."""
-        try:
-            settings, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-            if settings.get("image_processor_type") == cls.__name__:
-                return settings, unused
-        except OSError:
-            # no file of a processor; if there is no config.json either, the next line says so
-            pass
-        processor_config, unused = released_settings(pretrained_model_name_or_path, kwargs)
-        return cls.from_processor_config(processor_config).to_dict(), unused
+        return cls.saved_or_released(super().get_image_processor_dict, pretrained_model_name_or_path, kwargs)
 
     @auto_docstring
     def preprocess(

@@ -32,7 +32,6 @@ from .image_processing_mimo_v2 import (
     ReleasedSettings,
     allocate_patches,
     grid_of,
-    released_settings,
     write_patches,
 )
 from .media_loading_mimo_v2 import TIMEOUT, flatten_videos
@@ -182,15 +181,7 @@ class MiMoV2VideoProcessor(ReleasedSettings, VideoProcessorMixin):
     @classmethod
     def get_video_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """What `save_pretrained` wrote, else the settings of a release."""
-        try:
-            settings, unused = super().get_video_processor_dict(pretrained_model_name_or_path, **kwargs)
-            if settings.get("video_processor_type") == cls.__name__:
-                return settings, unused
-        except OSError:
-            # no file of a processor; if there is no config.json either, the next line says so
-            pass
-        processor_config, unused = released_settings(pretrained_model_name_or_path, kwargs)
-        return cls.from_processor_config(processor_config).to_dict(), unused
+        return cls.saved_or_released(super().get_video_processor_dict, pretrained_model_name_or_path, kwargs)
 
     def settings(self, **changes) -> dict[str, Any]:
         """As of images; `fps` takes the place of the processor's `num_frames`."""
