@@ -208,7 +208,8 @@ class ReleasedSettings:
         the arguments that were not for finding them."""
         try:
             settings, unused = read(name_or_path, **kwargs)
-            if cls.__name__ in (settings.get("image_processor_type"), settings.get("video_processor_type")):
+            kinds = ("image_processor_type", "video_processor_type", "feature_extractor_type")
+            if cls.__name__ in (settings.get(kind) for kind in kinds):
                 return settings, unused
         except OSError:
             # no file of a processor; if there is no config.json either, the next line says so

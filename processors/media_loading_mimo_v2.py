@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images from wherever users keep them -> RGB tensors; files, URLs and bytes of images and videos."""
+"""Images from wherever users keep them -> RGB tensors; files, URLs and bytes of images, videos and audio."""
 
 import base64
 import http.client
@@ -30,7 +30,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 # seconds without an answer after which a server counts as unreachable
 TIMEOUT = 60.0
 
-# no image or video in base64 is shorter; a shorter text is a path
+# no image, video or audio in base64 is shorter; a shorter text is a path
 SHORTEST_BASE64 = 64
 
 ARRAYS = (np.ndarray, torch.Tensor)
@@ -86,8 +86,11 @@ def flatten_videos(videos: Any) -> list[Any]:
     return [video for group in videos for video in flatten_videos(group)]
 
 
-def open_source(item: Any, name: str, timeout: float = TIMEOUT) -> str | io.BytesIO:
+def open_source(item: Any, name: str, timeout: float = TIMEOUT, loaded: str = "picture or array") -> str | io.BytesIO:
     """Path of a file, or bytes in memory, of what `item` names: a path, a URL, `bytes`, base64 or a file object.
+
+    Args:
+        loaded: what else the caller takes, for the error.
 
     Raises:
         ValueError: nothing of that kind.
@@ -101,7 +104,7 @@ def open_source(item: Any, name: str, timeout: float = TIMEOUT) -> str | io.Byte
         return _checked_file(os.fspath(item), name)
     if not isinstance(item, str):
         raise ValueError(
-            f"{name}: expected a path, URL, bytes, base64, file object, picture or array, got {type(item).__name__}"
+            f"{name}: expected a path, URL, bytes, base64, file object, {loaded}, got {type(item).__name__}"
         )
     if item.startswith(("http://", "https://")):
         return _download(item, name, timeout)
