@@ -2,20 +2,16 @@
 
     python -m modeling_mimo.conversion.random_checkpoint /tmp/mimo-tiny --size tiny
 
-The format is that of XiaomiMiMo/MiMo-V2.5: the same keys and key order in config.json (the audio part left out; the
-vision and processor parts only with `vision`, else as in MiMo-V2.5-Pro), the same tensor names and dtypes,
+The format is that of XiaomiMiMo/MiMo-V2.5: the same keys and key order in config.json (the vision and processor parts
+only with `vision`, the audio part only with `audio`, else as in MiMo-V2.5-Pro), the same tensor names and dtypes,
 expert-parallel files without `__metadata__`, an alphabetical index, FP8 with 128 x 128 scales that are tiled per chunk
-in the fused `qkv_proj`, and expert weights whose scale lies in another file. Only the sizes and the values are not
-Xiaomi's.
+in the fused `qkv_proj`, expert weights whose scale lies in another file, and an `audio_tokenizer/` folder that the
+index does not name. Only the sizes and the values are not Xiaomi's.
 """
 
 import argparse
 import copy
-import hashlib
-import json
-import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +20,8 @@ import torch
 from safetensors.torch import save
 
 from .fp8 import quantize_chunks
+from .random_audio import audio_config, audio_shapes, write_random_audio_tokenizer
+from .random_common import new_folder, random_tensor, write_json
 from .random_media import PREPROCESSOR_STUB, PROCESSOR_CONFIG, vision_config, vision_shapes
 
 
@@ -37,7 +35,7 @@ _RELEASED_TOKENS = 151675
 # MiMo-V2.5 publishes three draft layers and its config.json does not say so.
 _MTP_LAYERS = 3
 
-# MiMo-V2.5's config.json in its own order, without auto-generated lists, `quantization_config` and the audio part.
+# MiMo-V2.5's config.json in its own order, without auto-generated lists and `quantization_config`.
 # None marks what a size or the tokenizer decides. The doubled and unread keys are the released file's.
 _CONFIG = {
     "architectures": ["MiMoV2ForCausalLM"],
@@ -53,6 +51,7 @@ _CONFIG = {
     "attention_projection_layout": "fused_qkv",
     "add_full_attention_sink_bias": False,
     "add_swa_attention_sink_bias": True,
+    "audio_config": None,
     "swa_num_key_value_heads": None,
     "swa_num_attention_heads": None,
     "swa_head_dim": None,
@@ -108,7 +107,7 @@ _TOKEN_KEYS = [key for key in _CONFIG if key.endswith("_token_id")]
 _VISION_KEYS = ("processor_config", "vision_config", "vision_model_type")
 
 # MiMo-V2-Flash's differences: split projections, text only, older numbers. Its exact key order is unknown.
-_FLASH_DROPPED = [key for key in _CONFIG if key.startswith(("image_", "video_", "vision_"))]
+_FLASH_DROPPED = [key for key in _CONFIG if key.startswith(("audio_", "image_", "video_", "vision_"))]
 _FLASH_DROPPED += ["auto_map", "attention_projection_layout", "dtype"]
 _FLASH_CHANGED = {
     "architectures": ["MiMoV2FlashForCausalLM"],
@@ -173,10 +172,12 @@ def released_config(
     layout: str = "fused_qkv",
     overrides: dict | None = None,
     vision: bool = False,
+    audio: bool = False,
 ) -> dict:
     """The contents of config.json: a released config with the sizes of SIZES[size].
 
     vision: with `vision_config` and `processor_config`, as MiMo-V2.5; not with the "split" layout of MiMo-V2-Flash.
+    audio: with `audio_config` too; only with vision, as in every release.
     overrides: config keys to set or add last, by their released spelling; they must fit together (a change of
     `num_hidden_layers` needs `hybrid_layer_pattern` and `moe_layer_freq`). The list of layers that are not
     quantized follows `num_hidden_layers`. `num_nextn_predict_layers` sets the draft layers (3 when absent).
@@ -187,6 +188,8 @@ def released_config(
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if vision and layout == "split":
         raise ValueError("vision is True, expected False with layout 'split': MiMo-V2-Flash is text only")
+    if audio and not vision:
+        raise ValueError("audio is True, expected vision too: every release that hears also sees")
     config = copy.deepcopy(_CONFIG)
     config.update(copy.deepcopy(SIZES[size]))
     layers = len(config["hybrid_layer_pattern"])
@@ -200,6 +203,10 @@ def released_config(
         config["processor_config"] = copy.deepcopy(PROCESSOR_CONFIG)
     else:
         config = {key: value for key, value in config.items() if key not in _VISION_KEYS}
+    if audio:
+        config["audio_config"] = audio_config(size, config["hidden_size"])
+    else:
+        del config["audio_config"]
     if layout == "split":
         config = {key: value for key, value in config.items() if key not in _FLASH_DROPPED} | _FLASH_CHANGED
     config.update(overrides or {})
@@ -231,8 +238,9 @@ def released_tensors_random(config: dict, seed: int = 0, layout: str | None = No
     _check_config(config)
     tensors = {}
     for name, shape in _split_shapes(config):
-        tensors[name] = _random_tensor(name, shape, seed)
-        if layout != "split" and name.endswith("self_attn.v_proj.weight"):
+        tensors[name] = random_tensor(name, shape, seed)
+        # the audio encoder's projections are split in every layout
+        if layout != "split" and name.startswith("model.") and name.endswith("self_attn.v_proj.weight"):
             names = [name.replace("v_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
             chunks = config["num_key_value_heads"] if layout == "fused_qkv" else 1
             parts = zip(*(tensors.pop(part).chunk(chunks) for part in names))
@@ -249,48 +257,39 @@ def write_random_checkpoint(
     overrides: dict | None = None,
     with_tokenizer: bool = True,
     vision: bool = False,
+    audio: bool = False,
 ) -> Path:
     """Write a random checkpoint in the released format and return its folder. The same arguments, the same bytes.
 
     size: a key of SIZES. dtype: "fp8" or "bf16" (no scales, no `quantization_config`).
     layout: "fused_qkv" (MiMo-V2.5), "plain" (what re-exporters publish: the same config tag, but rows [Q | K | V]
     and one regular scale grid) or "split" (MiMo-V2-Flash: q_proj, k_proj, v_proj; model_type `mimo_v2_flash`).
-    overrides, vision: as in `released_config`. With vision the folder also gets the released stub
-    preprocessor_config.json, and no file of a processor of its own, as released.
+    overrides, vision, audio: as in `released_config`. With vision the folder also gets the released stub
+    preprocessor_config.json, and no file of a processor of its own, as released; with audio also `audio_tokenizer/`,
+    as `write_random_audio_tokenizer` writes it.
 
     Files are written to `<folder>.partial`, which is renamed at the end.
     ValueError: `folder` exists and is not an empty folder, `<folder>.partial` exists, or arguments as above.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists, expected a new or an empty folder")
-    if partial.exists():
-        raise ValueError(f"{partial} is left from an interrupted run, expected none; delete it")
-    config = released_config(size, dtype, layout, overrides, vision)
-    partial.mkdir(parents=True)
-    try:
+    config = released_config(size, dtype, layout, overrides, vision, audio)
+    with new_folder(folder) as partial:
         tensors = released_tensors_random(config, seed, layout)
         if dtype == "fp8":
             chunks = config["num_key_value_heads"] if layout == "fused_qkv" else 1
             tensors = _quantized(tensors, chunks)
         _write_weights(partial, tensors, config, dtype)
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", _generation_config(config))
+        write_json(partial / "config.json", config)
+        write_json(partial / "generation_config.json", _generation_config(config))
         if vision:
-            _write_json(partial / "preprocessor_config.json", PREPROCESSOR_STUB)
+            write_json(partial / "preprocessor_config.json", PREPROCESSOR_STUB)
+        if audio:
+            write_random_audio_tokenizer(partial / "audio_tokenizer", size, seed)
         if with_tokenizer:
             # Imported here: it brings in all of Transformers, which the tensors do not need.
             from .small_tokenizer import build_small_tokenizer, save_small_tokenizer
 
             save_small_tokenizer(build_small_tokenizer(_tokens(config)), partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
+    return Path(folder)
 
 
 def _tokens(config: dict) -> int:
@@ -358,6 +357,8 @@ def _split_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (config["vocab_size"], hidden)
     if "vision_config" in config:
         yield from vision_shapes(config["vision_config"])
+    if "audio_config" in config:
+        yield from audio_shapes(config["audio_config"])
     for layer in range(config.get("num_nextn_predict_layers", _MTP_LAYERS)):
         prefix = f"model.mtp.layers.{layer}."
         for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
@@ -385,30 +386,13 @@ def _mlp_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tup
     yield prefix + "down_proj.weight", (hidden, inner)
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    values = torch.randn(shape, generator=generator)
-    if name.endswith("e_score_correction_bias"):
-        return values * 0.05
-    if name.endswith("mlp.gate.weight"):
-        return values / shape[1] ** 0.5
-    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")):
-        values = 1 + 0.1 * values
-    elif name.endswith(".bias"):
-        values = 0.1 * values
-    elif len(shape) > 1 and "embed_tokens" not in name:
-        values = values / math.prod(shape[1:]) ** 0.5
-    return values.to(torch.bfloat16)
-
-
 def _quantized(tensors: dict[str, torch.Tensor], qkv_chunks: int) -> dict[str, torch.Tensor]:
-    """Attention input and MLP projections become FP8 and get a `<name>_scale_inv` after them; the rest stays."""
+    """The language model's qkv and MLP projections become FP8 and get a `<name>_scale_inv` each; the rest stays."""
     kinds = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     stored = {}
     for name, tensor in tensors.items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in kinds and not name.startswith("visual."):
+        if kind in kinds and name.startswith("model."):
             chunks = qkv_chunks if kind == "qkv_proj" else 1
             stored[name], stored[name + "_scale_inv"] = quantize_chunks(tensor, chunks)
         else:
@@ -456,11 +440,7 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor], config: dict,
         "total_size": sum(tensor.nbytes for tensor in tensors.values()),
         "tp_size": config["num_key_value_heads"],
     }
-    _write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -476,14 +456,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp8")
     parser.add_argument("--layout", choices=LAYOUTS, default="fused_qkv")
     parser.add_argument("--vision", action="store_true", help="with a vision tower and processor settings")
+    parser.add_argument("--audio", action="store_true", help="with audio parts and audio_tokenizer/; needs --vision")
     parser.add_argument("--no-tokenizer", dest="with_tokenizer", action="store_false", help="no tokenizer files")
     try:
         folder = write_random_checkpoint(**vars(parser.parse_args(arguments)))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {len(list(folder.iterdir()))} files, {size / 1e6:.1f} MB")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    print(f"{folder}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
     return 0
 
 

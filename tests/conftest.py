@@ -21,7 +21,7 @@ CHECKPOINTS = {
     "bf16_fused": {"dtype": "bf16", "layout": "fused_qkv"},
     "fp8_split": {"dtype": "fp8", "layout": "split"},
     "fp8_plain": {"dtype": "fp8", "layout": "plain"},
-    "fp8_vision": {"dtype": "fp8", "layout": "fused_qkv", "vision": True},
+    "fp8_omni": {"dtype": "fp8", "layout": "fused_qkv", "vision": True, "audio": True},
 }
 
 
