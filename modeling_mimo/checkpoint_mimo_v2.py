@@ -427,9 +427,12 @@ def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo], l
 
 
 def _hints(config: MiMoV2Config, tensors: dict[str, TensorInfo], left_out: Collection[str]) -> list[str]:
-    expects_tower = config.vision_config is not None and "vision" not in left_out
-    if expects_tower and not any(name.startswith("visual.") for name in tensors):
+    expects_vision = config.vision_config is not None and "vision" not in left_out
+    if expects_vision and not any(name.startswith("visual.") for name in tensors):
         return ["hint: the files have no vision tower: pass load_towers=False to load the text model alone"]
+    expects_audio = config.audio_config is not None and "audio" not in left_out
+    if expects_audio and not any(name.startswith(("speech_embeddings.", "audio_encoder.")) for name in tensors):
+        return ["hint: the files have no audio encoder: pass audio_config=None to load the model without hearing"]
     for layout, projection in (("fused_qkv", "qkv_proj"), ("split", "q_proj")):
         # names decide; only the first layer is asked, since a mixture is no released form
         if layout != config.attention_projection_layout and f"model.layers.0.self_attn.{projection}.weight" in tensors:

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import auto_docstring
 
+from .configuration_mimo_v2_audio import MiMoV2AudioConfig
 from .configuration_mimo_v2_vision import MiMoV2VisionConfig, raises_value_errors
 
 
@@ -35,6 +36,9 @@ FIXED_KEYS = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "n_sha
 
 # keys of the released files that no implementation reads: written again on save, never exposed
 UNREAD_KEYS = ("attention_chunk_size", "hybrid_block_size", "vision_model_type")
+
+# ids that the released files have in their `processor_config` alone
+AUDIO_TOKEN_IDS = ("audio_token_id", "audio_start_token_id", "audio_end_token_id")
 
 # any of these keys marks the released spelling
 RELEASED_MARKS = ("hybrid_layer_pattern", "moe_layer_freq", "layernorm_epsilon", "swa_rope_theta")
@@ -151,8 +155,12 @@ class MiMoV2Config(PreTrainedConfig):
         Multi-token-prediction layers in the checkpoint (released: `num_nextn_predict_layers`, or nothing).
     vision_config (`MiMoV2VisionConfig` or `dict`, *optional*):
         The vision tower; a text-only model without it.
+    audio_config (`MiMoV2AudioConfig` or `dict`, *optional*):
+        The audio encoder; a model that cannot hear without it.
     load_towers (`bool`, *optional*, defaults to `True`):
-        `False` leaves the vision tower out of the model, which then answers text only and refuses images and videos.
+        `False` leaves vision tower and audio encoder out of the model, which then answers text only and refuses media.
+    audio_token_id (`int`, *optional*):
+        Id of the placeholder `<|audio_pad|>`; like the two below taken from `processor_config` where it is only there.
     audio_start_token_id (`int`, *optional*):
         Id of `<|mimo_audio_start|>`.
     audio_end_token_id (`int`, *optional*):
@@ -169,7 +177,7 @@ class MiMoV2Config(PreTrainedConfig):
     """
 
     model_type = "mimo_v2"
-    sub_configs = {"vision_config": MiMoV2VisionConfig}
+    sub_configs = {"vision_config": MiMoV2VisionConfig, "audio_config": MiMoV2AudioConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
     ignore_keys_at_rope_validation = {"partial_rotary_factor", "type"}
@@ -251,7 +259,7 @@ class MiMoV2Config(PreTrainedConfig):
     audio_start_token_id: int | None = None
     audio_end_token_id: int | None = None
     vision_config: MiMoV2VisionConfig | dict[str, Any] | None = None
-    audio_config: dict[str, Any] | None = None
+    audio_config: MiMoV2AudioConfig | dict[str, Any] | None = None
     processor_config: dict[str, Any] | None = None
     load_towers: bool = True
 
@@ -269,6 +277,8 @@ class MiMoV2Config(PreTrainedConfig):
             raise ValueError(f"`quantization_config`: expected a dictionary or nothing, got {quantization!r}.")
         if isinstance(self.vision_config, dict):
             self.vision_config = MiMoV2VisionConfig(**self.vision_config)
+        if isinstance(self.audio_config, dict):
+            self.audio_config = MiMoV2AudioConfig(**self.audio_config)
         self._fill_defaults(kwargs.get("model_type", self.model_type) == FLASH_MODEL_TYPE)
         super().__post_init__(**kwargs)
         # CODEPATH: every FP8 release (V2.5, V2.5-Pro, V2-Flash, V2.6) says "fp8"; bf16 re-exports have no entry
@@ -350,6 +360,9 @@ class MiMoV2Config(PreTrainedConfig):
             self.attention_projection_layout = "split" if is_flash else "fused_qkv"
         if self.attention_value_scale is None:
             self.attention_value_scale = 0.707
+        for name in AUDIO_TOKEN_IDS:
+            if getattr(self, name) is None and self.processor_config is not None:
+                setattr(self, name, self.processor_config.get(name))
         # released null means "leave the router weights as they are", and "no entry" means float32
         self.routed_scaling_factor = 1.0 if self.routed_scaling_factor is None else self.routed_scaling_factor
         self.moe_router_dtype = self.moe_router_dtype or "float32"
@@ -375,18 +388,19 @@ class MiMoV2Config(PreTrainedConfig):
             self._validate_attention(layer_type)
             self._validate_rope(layer_type)
         self._validate_routing()
-        if self.vision_config is not None:
-            self._validate_vision()
+        for name, placeholders in (
+            ("vision_config", ("image_token_id", "video_token_id")),
+            ("audio_config", ("audio_token_id",)),
+        ):
+            if getattr(self, name) is not None:
+                self._validate_part(name, placeholders)
 
-    def _validate_vision(self) -> None:
-        if self.vision_config.out_hidden_size != self.hidden_size:
-            raise ValueError(
-                f"`vision_config.out_hidden_size`: expected hidden_size={self.hidden_size}, "
-                f"got {self.vision_config.out_hidden_size}."
-            )
-        for name in ("image_token_id", "video_token_id"):
-            if getattr(self, name) is None:
-                raise ValueError(f"`{name}`: expected the id of a placeholder beside vision_config, got nothing.")
+    def _validate_part(self, name: str, placeholders: tuple[str, ...]) -> None:
+        if (width := getattr(self, name).out_hidden_size) != self.hidden_size:
+            raise ValueError(f"`{name}.out_hidden_size`: expected hidden_size={self.hidden_size}, got {width}.")
+        for token_id in placeholders:
+            if getattr(self, token_id) is None:
+                raise ValueError(f"`{token_id}`: expected the id of a placeholder beside {name}, got nothing.")
 
     def _validate_routing(self) -> None:
         if not 0 < self.num_experts_per_tok <= self.n_routed_experts:

@@ -25,8 +25,12 @@ from .cache_mimo_v2 import HybridCache
 from .configuration_mimo_v2 import MiMoV2Config
 
 
-# modality -> arguments of `forward` that hold its patches and grids
-MEDIA_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+# modality -> arguments of `forward` that hold its patches or frames, and the sizes of its media
+MEDIA_INPUTS = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+    "audio": ("audio_codes", "audio_code_lengths"),
+}
 
 
 def check_placeholders(places: torch.Tensor, modality: str, features: int) -> None:
@@ -77,7 +81,7 @@ def explicit_masks(
 
 
 class MiMoV2GenerationMixin(GenerationMixin):
-    """`generate` with a `HybridCache` by default, and with images and videos that are encoded before the prefill."""
+    """`generate` with a `HybridCache` by default, and with media that are encoded before the prefill."""
 
     create_masks_for_generate = staticmethod(explicit_masks)
 
@@ -92,55 +96,78 @@ class MiMoV2GenerationMixin(GenerationMixin):
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
-        """Replaces pixels by `mm_encoder_outputs`: a chunked prefill and beams then find the features ready.
+        """Replaces patches and codes by `mm_encoder_outputs`: chunked prefills and beams then find the features ready.
 
-        Transformers' own version looks for the tower in the text backbone, and would encode again what a reused cache
-        holds already.
+        Transformers' own version looks for the towers in the text backbone, knows no audio, and would encode again
+        what a reused cache holds already.
         """
-        if model_kwargs.get("mm_encoder_outputs") or model_input_name != "input_ids":
+        if model_input_name != "input_ids":
             return model_kwargs
         cached = cached_length(inputs_tensor, model_kwargs, generation_config)
-        outputs = {}
-        for modality, (pixels_name, grid_name) in MEDIA_INPUTS.items():
-            pixels, grid_thw = model_kwargs.pop(pixels_name, None), model_kwargs.pop(grid_name, None)
+        outputs = dict(model_kwargs.get("mm_encoder_outputs") or {})
+        for modality, (data_name, sizes_name) in MEDIA_INPUTS.items():
+            data, sizes = model_kwargs.pop(data_name, None), model_kwargs.pop(sizes_name, None)
+            if modality in outputs:
+                if data is not None:
+                    raise ValueError(f"`{data_name}`: expected nothing beside {modality} features, got both.")
+                continue
             places = self.placeholders(inputs_tensor, modality)
-            if pixels is not None:
-                output = self.encode_new_media(modality, pixels, grid_thw, places, cached)
+            if data is not None:
+                output = self.encode_new_media(modality, data, sizes, places, cached)
                 outputs |= {modality: output} if output.pooler_output else {}
-            elif places is not None:
+            else:
                 check_placeholders(places[:, cached:], modality, 0)
         model_kwargs["mm_encoder_outputs"] = outputs
         return model_kwargs
 
-    def placeholders(self, input_ids: torch.Tensor, modality: str) -> torch.Tensor | None:
-        """Where `input_ids` wait for features of "image" or "video", [B, S] bool; None without a vision config."""
-        if self.config.vision_config is None:
-            return None
-        return input_ids == (self.config.image_token_id if modality == "image" else self.config.video_token_id)
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """Features for `expand_size` copies of each row of `input_ids`; Transformers' own version knows no audio."""
+        for modality, output in mm_encoder_output.items():
+            features = torch.cat(list(output.pooler_output))
+            tokens = self.placeholders(input_ids, modality).sum(-1).tolist()
+            # a single row may have placeholders in a reused cache, whose features are not among these
+            rows = [features]
+            if len(tokens) > 1:
+                check_placeholders(self.placeholders(input_ids, modality), modality, len(features))
+                rows = features.split(tokens)
+            output.pooler_output = [row for row in rows for _ in range(expand_size)]
+        return mm_encoder_output
 
-    def encode_new_media(self, modality, pixels, grid_thw, places, cached: int):
+    def placeholders(self, input_ids: torch.Tensor, modality: str) -> torch.Tensor:
+        """Where `input_ids` wait for features of "image", "video" or "audio", [B, S] bool."""
+        part = self.config.audio_config if modality == "audio" else self.config.vision_config
+        # CODEPATH: V2.5 and V2.6 see and hear; V2.5-Pro and V2-Flash have no placeholders
+        if part is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == getattr(self.config, f"{modality}_token_id")
+
+    def media_sizes(self, modality: str, sizes: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Rows of the input and tokens of each medium: patches of an image or video, frames of an audio."""
+        if modality == "audio":
+            return sizes.tolist(), (-(-sizes // self.config.audio_config.group_size)).tolist()
+        patches = sizes.prod(-1)
+        return patches.tolist(), (patches // self.config.vision_config.spatial_merge_size**2).tolist()
+
+    def encode_new_media(self, modality: str, data: torch.Tensor, sizes: torch.Tensor | None, places, cached: int):
         """Features of the media whose placeholders are not all among the first `cached` tokens.
 
         A medium that straddles the end of the cache is encoded whole, and only its missing rows are kept.
         """
-        encode = self.get_image_features if modality == "image" else self.get_video_features
-        if places is None or grid_thw is None:
-            # raises, and says why
-            return encode(pixels, grid_thw)
-        tokens = (grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        self.check_media(modality, data, sizes)
+        rows, tokens = self.media_sizes(modality, sizes)
         # before minutes are spent on encoding
         check_placeholders(places, modality, sum(tokens))
         if cached == 0:
-            return encode(pixels, grid_thw)
+            return self.encode_media(modality, data, sizes)
         # placeholders in reading order, and whether each is new
         is_new = [part >= cached for part in places.nonzero()[:, 1].split(tokens)]
         wanted = [bool(part.any()) for part in is_new]
         if not any(wanted):
             return BaseModelOutputWithPooling(pooler_output=[])
-        patches = pixels.split(grid_thw.prod(-1).tolist())
-        output = encode(
-            torch.cat([pixels[:0], *itertools.compress(patches, wanted)]),
-            grid_thw[torch.tensor(wanted, dtype=torch.bool, device=grid_thw.device)],
+        output = self.encode_media(
+            modality,
+            torch.cat(list(itertools.compress(data.split(rows), wanted))),
+            sizes[torch.tensor(wanted, dtype=torch.bool, device=sizes.device)],
         )
         kept = itertools.compress(is_new, wanted)
         output.pooler_output = [

@@ -34,6 +34,7 @@ from .cache_mimo_v2 import HybridCache
 from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors
 from .configuration_mimo_v2 import MiMoV2Config
 from .generation_mimo_v2 import MEDIA_INPUTS, MiMoV2GenerationMixin, check_placeholders, explicit_masks
+from .modeling_mimo_v2_audio import GROUPS_PER_STEP, MiMoV2AudioEncoder, MiMoV2SpeechEmbeddings
 from .modeling_mimo_v2_base import MiMoV2RMSNorm
 from .modeling_mimo_v2_text import (
     MiMoV2Attention,
@@ -58,9 +59,9 @@ ATTENTION_CHOICES = ("sdpa", "eager", *SINK_KERNELS)
 class MiMoV2PreTrainedModel(PreTrainedModel):
     config: MiMoV2Config
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MiMoV2DecoderLayer", "MiMoV2VisionBlock"]
+    _no_split_modules = ["MiMoV2DecoderLayer", "MiMoV2VisionBlock", "MiMoV2AudioLayer", "MiMoV2SpeechEmbeddings"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -133,9 +134,9 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
         if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
             check_file_names((load_config.sharded_metadata or {}).get("weight_map", {}))
             checkpoint = Checkpoint.from_files(checkpoint_files)
-            # the backbone alone, and a model loaded with load_towers=False, have no place for the vision tower
-            blind = not isinstance(model, MiMoV2ForCausalLM) or model.visual is None
-            left_out = (*NOT_LOADED_PARTS, "vision") if blind else NOT_LOADED_PARTS
+            # the backbone alone, and a model loaded with load_towers=False, have no place for the towers
+            text_only = not isinstance(model, MiMoV2ForCausalLM) or not model.config.load_towers
+            left_out = (*NOT_LOADED_PARTS, "vision", "audio") if text_only else NOT_LOADED_PARTS
             report = check_tensors(model.config, checkpoint.tensors, left_out)
             if report.fp8 and load_config.hf_quantizer is None:
                 raise ValueError("`quantization_config`: expected an entry in config.json for FP8 weights, got none.")
@@ -307,9 +308,12 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         self.model = MiMoV2Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # CODEPATH: V2.5 and V2.6 see, V2.5-Pro and V2-Flash have no vision_config
-        has_tower = config.vision_config is not None and config.load_towers
-        self.visual = MiMoV2VisionModel(config.vision_config) if has_tower else None
+        # CODEPATH: V2.5 and V2.6 see and hear, V2.5-Pro and V2-Flash have no vision_config and no audio_config
+        sees = config.vision_config is not None and config.load_towers
+        self.visual = MiMoV2VisionModel(config.vision_config) if sees else None
+        hears = config.audio_config is not None and config.load_towers
+        self.speech_embeddings = MiMoV2SpeechEmbeddings(config.audio_config) if hears else None
+        self.audio_encoder = MiMoV2AudioEncoder(config.audio_config) if hears else None
         self.post_init()
 
     @can_return_tuple
@@ -328,7 +332,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         Raises:
             ValueError: the model has no vision tower; patches and grids do not fit together.
         """
-        return self.encode_pixels("image", pixel_values, image_grid_thw)
+        return self.encode_media("image", pixel_values, image_grid_thw)
 
     @can_return_tuple
     @auto_docstring
@@ -336,19 +340,52 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor, **kwargs
     ) -> BaseModelOutputWithPooling:
         """`get_image_features` for videos; no attention between their temporal grids."""
-        return self.encode_pixels("video", pixel_values_videos, video_grid_thw)
+        return self.encode_media("video", pixel_values_videos, video_grid_thw)
 
-    def encode_pixels(self, modality: str, pixels: torch.Tensor, grid_thw: torch.Tensor) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    @auto_docstring
+    def get_audio_features(
+        self, audio_codes: torch.LongTensor, audio_code_lengths: torch.LongTensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            audio_codes (`torch.LongTensor` of shape `(frames, audio_channels)`): codes of the audio tokenizer, audios
+                one after the other.
+            audio_code_lengths (`torch.LongTensor` of shape `(audios,)`): frames of each audio.
+
+        Returns:
+            `pooler_output`: one tensor per audio, [ceil(frames / group_size), hidden], in order of time.
+
+        Raises:
+            ValueError: the model has no audio encoder; codes and lengths do not fit together; a code out of range.
+        """
+        return self.encode_media("audio", audio_codes, audio_code_lengths)
+
+    def check_media(self, modality: str, data: torch.Tensor, sizes: torch.Tensor | None) -> None:
+        """Raises a `ValueError` for media that this model has no part for, or whose patches or frames do not fit."""
         names = MEDIA_INPUTS[modality]
-        if self.visual is None:
-            # CODEPATH: V2.5-Pro and V2-Flash have no vision_config; V2.5 and V2.6 may be loaded without the tower
-            why = "no vision_config" if self.config.vision_config is None else "loaded with load_towers=False"
-            raise ValueError(f"`{names[0]}`: expected a model with a vision tower, got one without ({why}).")
-        if grid_thw is None:
-            raise ValueError(f"`{names[1]}`: expected [media, 3] beside `{names[0]}`, got nothing.")
-        features = self.visual(pixels, grid_thw)
-        tokens = grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2
-        return BaseModelOutputWithPooling(pooler_output=list(features.split(tokens.tolist())))
+        part, what, key = self.visual, "a vision tower", "vision_config"
+        if modality == "audio":
+            part, what, key = self.audio_encoder, "an audio encoder", "audio_config"
+        if part is None:
+            # CODEPATH: V2.5-Pro and V2-Flash have text only; V2.5 and V2.6 may be loaded without the towers
+            why = f"no {key}" if getattr(self.config, key) is None else "loaded with load_towers=False"
+            raise ValueError(f"`{names[0]}`: expected a model with {what}, got one without ({why}).")
+        if sizes is None:
+            expected = "[audios]" if modality == "audio" else "[media, 3]"
+            raise ValueError(f"`{names[1]}`: expected {expected} beside `{names[0]}`, got nothing.")
+        part.check_inputs(data, sizes)
+
+    def encode_media(self, modality: str, data: torch.Tensor, sizes: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Features of all media of a modality, one tensor each."""
+        self.check_media(modality, data, sizes)
+        rows, tokens = self.media_sizes(modality, sizes)
+        if modality == "audio":
+            groups = self.audio_encoder.group_frames(data, rows).split(GROUPS_PER_STEP)
+            features = torch.cat([self.audio_encoder(self.speech_embeddings(part)) for part in groups])
+        else:
+            features = self.visual(data, sizes)
+        return BaseModelOutputWithPooling(pooler_output=list(features.split(tokens)))
 
     def embed_media(
         self, input_ids: torch.Tensor, media: dict[str, BaseModelOutputWithPooling], is_prefill: bool
@@ -357,8 +394,8 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         inputs_embeds = self.model.embed_tokens(input_ids)
         for modality in MEDIA_INPUTS:
             places = self.placeholders(input_ids, modality)
-            if modality in media:
-                features = torch.cat(media[modality].pooler_output)
+            if modality in media and len(media[modality].pooler_output):
+                features = torch.cat(list(media[modality].pooler_output))
                 check_placeholders(places, modality, len(features))
                 inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features.to(inputs_embeds))
             elif is_prefill:
@@ -379,6 +416,8 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         image_grid_thw: torch.LongTensor | None = None,
         pixel_values_videos: torch.FloatTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
+        audio_codes: torch.LongTensor | None = None,
+        audio_code_lengths: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -386,29 +425,38 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """
+        Text arguments that are not listed are those of `MiMoV2Model.forward`.
+
         Args:
+            audio_codes (`torch.LongTensor` of shape `(frames, audio_channels)`, *optional*): codes of all audios of
+                the batch, row by row in the order of their placeholders in `input_ids`.
+            audio_code_lengths (`torch.LongTensor` of shape `(audios,)`, *optional*): frames of each audio.
             pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: patches and grids of all images and
                 videos of the batch, row by row in the order of their placeholders in `input_ids`.
-            mm_encoder_outputs: "image" and "video" features encoded before, instead of the pixels.
+            mm_encoder_outputs: "image", "video" and "audio" features encoded before, instead of pixels and codes.
             labels: [B, S] token ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits for the last n positions only (0: all), or for these positions.
 
-        The other arguments and errors are those of `MiMoV2Model.forward`.
+        Returns:
+            `logits`, `loss` for `labels`, and the cache.
 
         Raises:
-            ValueError: features and placeholders differ in number; media with `inputs_embeds` instead of `input_ids`;
-                media for a model without a vision tower.
+            ValueError: as `MiMoV2Model.forward`; features and placeholders differ in number; media with
+                `inputs_embeds` instead of `input_ids`; media for a model without the part that encodes them.
         """
         media = dict(mm_encoder_outputs or {})
         if pixel_values is not None:
             media["image"] = self.get_image_features(pixel_values, image_grid_thw)
         if pixel_values_videos is not None:
             media["video"] = self.get_video_features(pixel_values_videos, video_grid_thw)
+        if audio_codes is not None:
+            media["audio"] = self.get_audio_features(audio_codes, audio_code_lengths)
         if media and (input_ids is None or inputs_embeds is not None):
             raise ValueError(f"`input_ids`: expected placeholders for {sorted(media)} features, got `inputs_embeds`.")
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         # CODEPATH: V2.5 and V2.6 have placeholders to look for, V2.5-Pro and V2-Flash none
-        if media or (is_prefill and inputs_embeds is None and self.config.vision_config is not None):
+        has_placeholders = self.config.vision_config is not None or self.config.audio_config is not None
+        if media or (is_prefill and inputs_embeds is None and has_placeholders):
             input_ids, inputs_embeds = None, self.embed_media(input_ids, media, is_prefill)
         outputs = self.model(
             input_ids=input_ids,

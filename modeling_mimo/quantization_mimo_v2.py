@@ -220,8 +220,8 @@ class MiMoV2FP8Quantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             return
         for name, module in list(model.named_modules()):
-            # no release quantizes the vision tower, whose MLPs have the same leaf names
-            if name.startswith("visual."):
+            # no release quantizes vision tower and audio encoder, whose projections have the same leaf names
+            if name.startswith(("visual.", "audio_encoder.")):
                 continue
             parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             if isinstance(module, MiMoV2Experts):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from .configuration_mimo_v2 import AttentionGeometry, MiMoV2Config
+from .configuration_mimo_v2_audio import MiMoV2AudioConfig
 from .configuration_mimo_v2_vision import MiMoV2VisionConfig
 
 
@@ -18,7 +19,7 @@ from .configuration_mimo_v2_vision import MiMoV2VisionConfig
 FP8_BLOCK = 128
 
 # parts of a checkpoint that this version of the package has no modules for: known by name, left in the files
-NOT_LOADED_PARTS = ("mtp", "audio")
+NOT_LOADED_PARTS = ("mtp",)
 
 
 class ReleasedTensor(NamedTuple):
@@ -67,19 +68,13 @@ def released_tensors(config: MiMoV2Config, fused_qkv_layout: str = "chunked") ->
 
     Args:
         fused_qkv_layout: `"chunked"` or `"plain"`; changes the scale grid of a fused projection, not its shape.
-
-    Raises:
-        ValueError: an audio config without a field that the shapes need.
     """
     tensors = dict(_text_tensors(config, fused_qkv_layout))
     tensors.update(_mtp_tensors(config, fused_qkv_layout))
     if config.vision_config is not None:
         tensors.update(_vision_tensors(config.vision_config))
     if config.audio_config is not None:
-        try:
-            tensors.update(_audio_tensors(config.audio_config))
-        except KeyError as error:
-            raise ValueError(f"`audio_config[{error}]`: expected a value, got nothing.") from error
+        tensors.update(_audio_tensors(config.audio_config))
     return tensors
 
 
@@ -195,32 +190,34 @@ def _vision_tensors(vision: MiMoV2VisionConfig) -> Iterator[tuple[str, ReleasedT
         yield f"visual.{name}", ReleasedTensor(shape, "vision", f"visual.{name}")
 
 
-def _audio_tensors(audio: dict) -> Iterator[tuple[str, ReleasedTensor]]:
+def _audio_tensors(audio: MiMoV2AudioConfig) -> Iterator[tuple[str, ReleasedTensor]]:
     """95 tensors in V2.5: 20 code embeddings, a 6-layer local transformer, a two-layer projection."""
-    dim, intermediate = audio["input_local_dim"], audio["input_local_intermediate_size"]
-    heads = audio["input_local_attn_heads"] * audio["input_local_head_dim"]
-    # released as strings
-    rows = int(audio["speech_vocab_size"])
-    shapes = {f"speech_embeddings.{index}.weight": (rows, dim) for index in range(audio["audio_channels"])}
-    for index in range(audio["input_local_layers"]):
-        layer = f"audio_encoder.input_local_transformer.layers.{index}"
-        shapes |= {f"{layer}.input_layernorm.weight": (dim,), f"{layer}.post_attention_layernorm.weight": (dim,)}
+    hidden, intermediate = audio.hidden_size, audio.intermediate_size
+    heads = audio.num_attention_heads * audio.head_dim
+    shapes = {f"speech_embeddings.{i}.weight": (audio.speech_vocab_size, hidden) for i in range(audio.audio_channels)}
+    transformer = "audio_encoder.input_local_transformer"
+    for index in range(audio.num_hidden_layers):
+        layer = f"{transformer}.layers.{index}"
+        shapes |= {f"{layer}.input_layernorm.weight": (hidden,), f"{layer}.post_attention_layernorm.weight": (hidden,)}
         for letter in "qkv":
             shapes |= {
-                f"{layer}.self_attn.{letter}_proj.weight": (heads, dim),
+                f"{layer}.self_attn.{letter}_proj.weight": (heads, hidden),
                 f"{layer}.self_attn.{letter}_proj.bias": (heads,),
             }
         shapes |= {
-            f"{layer}.self_attn.o_proj.weight": (dim, heads),
-            f"{layer}.mlp.gate_proj.weight": (intermediate, dim),
-            f"{layer}.mlp.up_proj.weight": (intermediate, dim),
-            f"{layer}.mlp.down_proj.weight": (dim, intermediate),
+            f"{layer}.self_attn.o_proj.weight": (hidden, heads),
+            f"{layer}.mlp.gate_proj.weight": (intermediate, hidden),
+            f"{layer}.mlp.up_proj.weight": (intermediate, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, intermediate),
         }
-    grouped = dim * audio["group_size"]
-    shapes |= {
-        "audio_encoder.input_local_transformer.norm.weight": (dim,),
-        "audio_encoder.projection.mlp.0.weight": (grouped * 4, grouped),
-        "audio_encoder.projection.mlp.2.weight": (audio["out_hidden_size"], grouped * 4),
-    }
+    if audio.add_post_norm:
+        shapes[f"{transformer}.norm.weight"] = (hidden,)
+    grouped = hidden * audio.group_size
+    # CODEPATH: two layers in V2.5 and V2.6
+    if audio.projection_layers == 1:
+        shapes["audio_encoder.projection.weight"] = (audio.out_hidden_size, grouped)
+    else:
+        shapes["audio_encoder.projection.mlp.0.weight"] = (grouped * 4, grouped)
+        shapes["audio_encoder.projection.mlp.2.weight"] = (audio.out_hidden_size, grouped * 4)
     for name, shape in shapes.items():
-        yield name, ReleasedTensor(shape, "audio", None)
+        yield name, ReleasedTensor(shape, "audio", name)

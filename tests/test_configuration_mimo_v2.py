@@ -97,7 +97,8 @@ def test_v2_5():
     assert config.num_mtp_layers == 3
     assert config.dtype == torch.bfloat16
     assert config.vision_config.sliding_window == 64
-    assert config.audio_config["audio_channels"] == 20
+    assert config.audio_config.audio_channels == 20
+    assert (config.audio_token_id, config.audio_start_token_id, config.audio_end_token_id) == (151669, 151673, 151674)
     assert config.processor_config["patch_size"] == 16
 
 
@@ -303,6 +304,7 @@ def test_an_override_that_contradicts_the_file_is_refused():
         ({"norm_topk_prob": "yes"}, r"norm_topk_prob.* expected bool, got str"),
         ({"layernorm_epsilon": "1e-5"}, r"rms_norm_eps.* expected float, got str"),
         ({"vision_config": [1]}, r"vision_config"),
+        ({"audio_config": [1]}, r"audio_config"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )

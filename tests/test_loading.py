@@ -24,12 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = Path(modeling_mimo.__file__).parent / "data"
 INDEX = "model.safetensors.index.json"
+AUDIO_PREFIXES = ("speech_embeddings.", "audio_encoder.")
 LAYOUT_OF = {
     "fp8_fused": "chunked",
     "bf16_fused": "chunked",
     "fp8_split": "split",
     "fp8_plain": "plain",
-    "fp8_vision": "chunked",
+    "fp8_omni": "chunked",
 }
 NAMES = list(LAYOUT_OF)
 FP8_NAMES = [name for name in NAMES if name.startswith("fp8")]
@@ -65,9 +66,12 @@ def weights_by_name(folder, layout):
     """The float32 values that the files hold, by the naive formula, under the released names."""
     config = read_json(folder)
     weights = reference_weights(read_tensors(folder), config, qkv_layout="plain" if layout == "plain" else "chunked")
-    derived = [] if layout == "split" else ["q_proj", "k_proj", "v_proj"]
+    # the page adds parts of a fused projection, of which there are some in the text model alone
+    derived = () if layout == "split" else (".q_proj.weight", ".k_proj.weight", ".v_proj.weight")
     return {
-        name: weight for name, weight in weights.items() if ".mtp." not in name and name.split(".")[-2] not in derived
+        name: weight
+        for name, weight in weights.items()
+        if ".mtp." not in name and not (name.startswith("model.") and name.endswith(derived))
     }
 
 
@@ -639,52 +643,74 @@ def test_the_reference_formula_is_the_one_that_counts_blocks_per_chunk(checkpoin
     assert not torch.equal(weight.float() * scale[rows].repeat_interleave(128, 1)[:, : weight.shape[1]], right)
 
 
-# Vision -----------------------------------------------------------------------------------------------------------
+# Towers -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary_frequencies_of_the_tower_stay_float32(checkpoints, dtype):
-    model = load(checkpoints["fp8_vision"], dtype=dtype)
+    model = load(checkpoints["fp8_omni"], dtype=dtype)
     assert model.visual.rotary_pos_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.visual.rotary_pos_emb.inv_freq, model.visual.rotary_pos_emb.inverse_frequencies())
 
 
 def test_no_tower_is_loaded_where_none_is_wanted(checkpoints, tmp_path):
-    model = load(checkpoints["fp8_vision"], load_towers=False)
+    model = load(checkpoints["fp8_omni"], load_towers=False)
     assert model.visual is None
-    vision = len([name for name in read_tensors(checkpoints["fp8_vision"]) if name.startswith("visual.")])
-    assert model.load_report.not_loaded["vision"] == vision
-    assert torch.equal(logits(model), logits(load(checkpoints["fp8_vision"])))
+    assert model.audio_encoder is None
+    assert model.speech_embeddings is None
+    names = list(read_tensors(checkpoints["fp8_omni"]))
+    for part, prefixes in (("vision", ("visual.",)), ("audio", AUDIO_PREFIXES)):
+        assert model.load_report.not_loaded[part] == len([name for name in names if name.startswith(prefixes)])
+    assert torch.equal(logits(model), logits(load(checkpoints["fp8_omni"])))
     # the saved folder remembers, and still knows what it has no tensors for
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert again.visual is None
+    assert again.audio_encoder is None
     assert again.config.vision_config is not None
+    assert again.config.audio_config is not None
     assert_same_state(again, model)
 
 
 def test_the_base_model_leaves_the_tower_in_the_files(checkpoints):
-    base, whole = AutoModel.from_pretrained(checkpoints["fp8_vision"]), load(checkpoints["fp8_vision"])
+    base, whole = AutoModel.from_pretrained(checkpoints["fp8_omni"]), load(checkpoints["fp8_omni"])
     assert_same_state(base, whole.model)
-    assert "vision" in base.load_report.not_loaded
+    assert {"vision", "audio"} <= base.load_report.not_loaded.keys()
+
+
+def without(checkpoint, folder, prefixes):
+    """A copy of `checkpoint` in which no tensor begins with one of `prefixes`."""
+    shutil.copytree(checkpoint, folder)
+    for path in folder.glob("*.safetensors"):
+        save_file({name: tensor for name, tensor in read_file(path).items() if not name.startswith(prefixes)}, path)
+    index = read_json(folder, INDEX)
+    index["weight_map"] = {n: file for n, file in index["weight_map"].items() if not n.startswith(prefixes)}
+    write_json(folder, index, INDEX)
+    return folder
 
 
 def test_a_missing_tower_is_an_error_that_says_what_to_do(checkpoints, tmp_path):
-    folder = tmp_path / "blind"
-    shutil.copytree(checkpoints["fp8_vision"], folder)
-    for path in folder.glob("*.safetensors"):
-        save_file({name: tensor for name, tensor in read_file(path).items() if not name.startswith("visual.")}, path)
-    index = read_json(folder, INDEX)
-    index["weight_map"] = {n: file for n, file in index["weight_map"].items() if not n.startswith("visual.")}
-    write_json(folder, index, INDEX)
+    folder = without(checkpoints["fp8_omni"], tmp_path / "blind", ("visual.",))
     with pytest.raises(ValueError, match=r"missing \(\d+\): visual\..*pass load_towers=False"):
         load(folder)
     assert load(folder, load_towers=False).visual is None
 
 
-def test_a_tower_without_one_tensor_is_refused(checkpoints, tmp_path):
+def test_a_missing_audio_encoder_is_an_error_that_says_what_to_do(checkpoints, tmp_path):
+    folder = without(checkpoints["fp8_omni"], tmp_path / "deaf", AUDIO_PREFIXES)
+    with pytest.raises(ValueError, match=r"missing \(\d+\): speech_embeddings\..*pass audio_config=None"):
+        load(folder)
+    seeing = load(folder, audio_config=None)
+    assert seeing.audio_encoder is None
+    assert seeing.visual is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["visual.merger.ln_q.weight", "speech_embeddings.7.weight", "audio_encoder.projection.mlp.2.weight"]
+)
+def test_a_tower_without_one_tensor_is_refused(checkpoints, tmp_path, name):
     folder = tmp_path / "broken"
-    shutil.copytree(checkpoints["fp8_vision"], folder)
-    rewrite(folder, "visual.merger.ln_q.weight", lambda tensor: None)
-    with pytest.raises(ValueError, match=r"missing \(1\): visual\.merger\.ln_q\.weight$"):
+    shutil.copytree(checkpoints["fp8_omni"], folder)
+    rewrite(folder, name, lambda tensor: None)
+    with pytest.raises(ValueError, match=rf"missing \(1\): {name}$"):
         load(folder)

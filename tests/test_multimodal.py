@@ -1,16 +1,19 @@
-"""Images and videos in the model: features at their placeholders, encoded once, in batches, chunks and turns."""
+"""Images, videos and audio in the model: features at their placeholders, encoded once; batches, chunks and turns."""
 
 import pytest
 import torch
 from reference import reference_logits
 from tiny import (
+    AUDIO_ID,
     IMAGE_ID,
+    OMNI,
     PATCH_VALUES,
     SIGHT,
     VIDEO_ID,
     assert_near,
     batched,
     media_prompt,
+    omni_model,
     page_weights,
     sight_model,
     tiny_dict,
@@ -55,6 +58,9 @@ def embedded(model, inputs):
     if "pixel_values_videos" in inputs:
         output = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
         features[VIDEO_ID] = list(torch.cat(output.pooler_output))
+    if "audio_codes" in inputs:
+        output = model.get_audio_features(inputs["audio_codes"], inputs["audio_code_lengths"])
+        features[AUDIO_ID] = list(torch.cat(output.pooler_output))
     for row in range(ids.shape[0]):
         for column in range(ids.shape[1]):
             if ids[row, column].item() in features:
@@ -310,3 +316,231 @@ def test_gradient_checkpointing_changes_nothing(model):
     model.activation_checkpointing_disable()
     assert_near(model.visual.patch_embed.proj.weight.grad, expected, 1e-6)
     model.zero_grad()
+
+
+# Audio ----------------------------------------------------------------------------------------------------------
+
+# all four modalities, tails of groups included
+OMNI_PROMPT = (3, ("audio", 9), 2, ("image", 1, 2, 4), ("audio", 4), 1, ("video", 2, 2, 2), ("audio", 6), 3)
+
+
+@pytest.fixture(scope="module")
+def omni():
+    return omni_model()
+
+
+@pytest.fixture
+def heard(omni):
+    """Groups of frames that the audio encoder is asked to encode, call by call."""
+    calls = []
+    hook = omni.audio_encoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    yield calls
+    hook.remove()
+
+
+def precomputed(model, inputs):
+    """`inputs` with the features of each modality instead of pixels and codes."""
+    encode = {
+        "image": (model.get_image_features, "pixel_values", "image_grid_thw"),
+        "video": (model.get_video_features, "pixel_values_videos", "video_grid_thw"),
+        "audio": (model.get_audio_features, "audio_codes", "audio_code_lengths"),
+    }
+    features = {
+        modality: function(inputs[data], inputs[sizes])
+        for modality, (function, data, sizes) in encode.items()
+        if data in inputs
+    }
+    return {"input_ids": inputs["input_ids"], "mm_encoder_outputs": features}
+
+
+def test_all_modalities_equal_the_naive_page_with_features_put_in_by_hand(omni):
+    inputs, raw = media_prompt(*OMNI_PROMPT), tiny_dict(**OMNI)
+    with torch.no_grad():
+        expected = reference_logits(page_weights(omni, raw), raw, inputs_embeds=embedded(omni, inputs))
+        assert_near(omni(**inputs).logits, expected)
+        assert_near(omni(**precomputed(omni, inputs)).logits, expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_modalities_may_come_in_any_order(omni, order):
+    media = [("audio", 6), ("image", 1, 2, 4), ("video", 2, 2, 2)]
+    inputs = media_prompt(2, *(media[index] for index in order), 3, ("audio", 3))
+    with torch.no_grad():
+        assert_near(omni(**inputs).logits, omni(inputs_embeds=embedded(omni, inputs)).logits, 1e-6)
+    assert greedy(omni, inputs).tolist() == greedy(omni, precomputed(omni, inputs)).tolist()
+
+
+def test_rows_of_a_padded_batch_with_audio_equal_each_row_alone(omni):
+    rows = [
+        media_prompt(3, ("audio", 5), 2, ("image", 1, 2, 4), ("audio", 2), seed=1),
+        media_prompt(4, seed=2),
+        media_prompt(1, ("audio", 13), ("video", 2, 2, 2), 5, seed=3),
+    ]
+    with torch.no_grad():
+        together = omni(**batched(*rows)).logits
+        for row, logits in zip(rows, together):
+            alone = omni(**row).logits[0]
+            assert_near(logits[-len(alone) :], alone)
+
+
+def test_generation_hears_once_and_equals_full_forwards(omni, heard):
+    inputs = media_prompt(*OMNI_PROMPT)
+    got = greedy(omni, inputs)
+    assert heard == [6]
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(6):
+            best = omni(**{**inputs, "input_ids": ids}).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, best], dim=1)
+    assert got.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_a_chunked_prefill_hears_once(omni, heard, size):
+    inputs = media_prompt(*OMNI_PROMPT)
+    expected = greedy(omni, inputs)
+    heard.clear()
+    assert greedy(omni, inputs, prefill_chunk_size=size).tolist() == expected.tolist()
+    assert heard == [6]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"num_beams": 2},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "num_return_sequences": 2, "prefill_chunk_size": 5},
+    ],
+    ids=str,
+)
+def test_beams_share_what_was_heard(omni, heard, search):
+    rows = [
+        media_prompt(2, ("audio", 5), 2, ("audio", 2), ("image", 1, 2, 2), 1, seed=1),
+        media_prompt(4, seed=2),
+        media_prompt(1, ("audio", 9), 3, seed=3),
+    ]
+    got = greedy(omni, batched(*rows), **search)
+    assert heard == [6]
+    returned = search.get("num_return_sequences", 1)
+    for row, sequences in zip(rows, got.unflatten(0, (3, returned))):
+        alone = greedy(omni, row, **search)
+        assert sequences[:, -6:].tolist() == alone[:, -6:].tolist()
+
+
+def test_sampled_sequences_share_what_was_heard(omni, heard):
+    rows = [media_prompt(2, ("audio", 5), 2, seed=1), media_prompt(1, ("audio", 9), 3, ("audio", 1), seed=3)]
+    inputs = batched(*rows)
+    got = omni.generate(**inputs, do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=6, pad_token_id=3)
+    assert heard == [6]
+    assert got.tolist() == greedy(omni, inputs).repeat_interleave(3, dim=0).tolist()
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_each_turn_hears_only_what_is_new(omni, heard, chunk):
+    turns = [(5, ("audio", 10), 3), (2, ("image", 1, 2, 4), ("audio", 3), 1), (4,), (("audio", 4), ("audio", 8), 2)]
+    cache = HybridCache(omni.config)
+    with torch.no_grad():
+        omni(**media_prompt(*turns[0]), past_key_values=cache, use_cache=True)
+    for number, groups in ((2, [1]), (3, []), (4, [3])):
+        inputs = media_prompt(*(segment for turn in turns[:number] for segment in turn))
+        expected = greedy(omni, inputs)
+        heard.clear()
+        assert greedy(omni, inputs, past_key_values=cache, prefill_chunk_size=chunk).tolist() == expected.tolist()
+        assert heard == groups
+        # back to the end of the prompt: the next turn goes on from there
+        cache.crop(inputs["input_ids"].shape[1] - cache.get_seq_length())
+
+
+def test_beams_go_on_from_a_cache(omni, heard):
+    first, second = (5, ("audio", 10), 3), (5, ("audio", 10), 3, ("audio", 6), 2)
+    inputs = media_prompt(*second)
+    expected = greedy(omni, inputs, num_beams=2)
+    cache = HybridCache(omni.config)
+    start = media_prompt(*first)
+    with torch.no_grad():
+        omni(**batched(start, start), past_key_values=cache, use_cache=True)
+    heard.clear()
+    assert greedy(omni, inputs, num_beams=2, past_key_values=cache).tolist() == expected.tolist()
+    assert heard == [2]
+
+
+@pytest.mark.parametrize("length", [5, 6, 7])
+def test_a_cache_may_end_inside_an_audio(omni, heard, length):
+    inputs = media_prompt(3, ("audio", 14), 2, ("audio", 3), 2)
+    expected = greedy(omni, inputs)
+    features = omni.get_audio_features(inputs["audio_codes"][:14], torch.tensor([14]))
+    features.pooler_output = [features.pooler_output[0][: length - 4]]
+    cache = HybridCache(omni.config)
+    start = inputs["input_ids"][:, :length]
+    with torch.no_grad():
+        omni(start, past_key_values=cache, use_cache=True, mm_encoder_outputs={"audio": features})
+    heard.clear()
+    assert greedy(omni, inputs, past_key_values=cache).tolist() == expected.tolist()
+    assert heard == [5]
+
+
+def test_gradients_reach_every_part(omni):
+    inputs = media_prompt(*OMNI_PROMPT)
+    omni.zero_grad()
+    omni(**inputs, labels=inputs["input_ids"]).loss.backward()
+    silent = [name for name, part in omni.named_parameters() if part.grad is None or not part.grad.abs().max() > 0]
+    assert silent == []
+    omni.zero_grad()
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(
+            {"audio_codes": None, "audio_code_lengths": None},
+            r"`audio_codes`: expected 6 features, one per audio placeholder in `input_ids`, got 0",
+            id="placeholders without audio",
+        ),
+        pytest.param(
+            {"audio_codes": torch.zeros(13, 5, dtype=torch.long), "audio_code_lengths": torch.tensor([9, 4])},
+            r"`audio_codes`: expected 6 features, one per audio placeholder in `input_ids`, got 4",
+            id="an audio too few",
+        ),
+        pytest.param({"audio_code_lengths": None}, r"`audio_code_lengths`: expected \[audios\]", id="no lengths"),
+        pytest.param(
+            {"audio_code_lengths": torch.tensor([9, 4, 7])},
+            r"`audio_codes`: expected 20 frames for `audio_code_lengths`, got 19",
+            id="a frame too many",
+        ),
+        pytest.param(
+            {"audio_codes": torch.full((19, 5), 20)},
+            r"`audio_codes\[0, 0\]`: expected a code from 0 to 19, got 20",
+            id="codes out of range",
+        ),
+    ],
+)
+def test_codes_and_placeholders_must_agree(omni, call, changes, message):
+    inputs = changed(media_prompt(*OMNI_PROMPT), **changes)
+    with pytest.raises(ValueError, match=message):
+        omni(**inputs) if call == "forward" else greedy(omni, inputs)
+
+
+def test_features_and_codes_of_one_modality_are_refused_by_generate(omni):
+    inputs = media_prompt(2, ("audio", 5), 1)
+    with pytest.raises(ValueError, match="`audio_codes`: expected nothing beside audio features, got both"):
+        greedy(omni, {**inputs, **precomputed(omni, inputs)})
+
+
+def test_a_model_without_towers_neither_sees_nor_hears(omni):
+    deaf = omni_model(load_towers=False)
+    assert (deaf.visual, deaf.audio_encoder, deaf.speech_embeddings) == (None, None, None)
+    assert deaf.state_dict().keys() == {name for name in omni.state_dict() if name.startswith(("model.", "lm_head."))}
+    for call in (deaf, lambda **inputs: greedy(deaf, inputs)):
+        with pytest.raises(
+            ValueError, match=r"`audio_codes`: .* an audio encoder, got one without \(loaded with load"
+        ):
+            call(**media_prompt(3, ("audio", 5)))
+        with pytest.raises(ValueError, match=r"expected 1 features, one per audio placeholder in `input_ids`, got 0"):
+            call(input_ids=torch.tensor([[5, AUDIO_ID, 6]]))
+
+
+def test_a_seeing_model_takes_no_sound(model):
+    for call in (model, lambda **inputs: greedy(model, inputs)):
+        with pytest.raises(ValueError, match=r"an audio encoder, got one without \(no audio_config\)"):
+            call(**media_prompt(3, ("audio", 5)))

@@ -197,23 +197,57 @@ SIGHT = {"vision_config": TINY_VISION, "image_token_id": IMAGE_ID, "video_token_
 PATCH_VALUES = 3 * 2 * 16 * 16
 
 
+# an attention width unlike the hidden size, codes that do not fill the vocabulary, sizes as strings as released
+TINY_AUDIO = {
+    "add_post_norm": True,
+    "audio_channels": 5,
+    "audio_segment_size": 6000,
+    "group_size": 4,
+    "input_full_attention": True,
+    "input_local_attn_heads": 3,
+    "input_local_dim": 32,
+    "input_local_head_dim": 8,
+    "input_local_hidden_dropout": 0.0,
+    "input_local_intermediate_size": 40,
+    "input_local_layers": 3,
+    "out_hidden_size": TINY["hidden_size"],
+    "partial_rotary_factor": 1.0,
+    "projection_layers": 2,
+    "rope_theta": 640000,
+    "speech_vocab_size": "20",
+    "speech_zeroemb_idx": "16",
+}
+AUDIO_ID, CHANNELS, CODES = 302, TINY_AUDIO["audio_channels"], 16
+OMNI = {**SIGHT, "audio_config": TINY_AUDIO, "processor_config": {"audio_token_id": AUDIO_ID}}
+
+
 def sight_model(seed: int = 0, **changes) -> MiMoV2ForCausalLM:
     """A float32 model with a vision tower whose features are as large as token embeddings."""
     return tiny_model(seed, **{**SIGHT, **changes})
 
 
+def omni_model(seed: int = 0, **changes) -> MiMoV2ForCausalLM:
+    """`sight_model` with an audio encoder."""
+    return tiny_model(seed, **{**OMNI, **changes})
+
+
 def media_prompt(*segments, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of one row: an int is so many text tokens, ("image" or "video", t, h, w) a medium of random patches.
+    """Inputs of one row: an int is so many text tokens, ("image" or "video", t, h, w) a medium of random patches,
+    ("audio", frames) one of random codes.
 
     A video's placeholders are cut into one run per temporal grid with a text token between, as the processor does.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids, pixels, grids = [], {"image": [], "video": []}, {"image": [], "video": []}
+    ids, pixels, grids, codes = [], {"image": [], "video": []}, {"image": [], "video": []}, []
     for segment in segments:
         if isinstance(segment, int):
             ids += torch.randint(0, IMAGE_ID, (segment,), generator=generator).tolist()
             continue
         kind, *grid = segment
+        if kind == "audio":
+            ids += [8, *[AUDIO_ID] * -(-grid[0] // TINY_AUDIO["group_size"])]
+            codes.append(torch.randint(0, CODES, (grid[0], CHANNELS), generator=generator))
+            continue
         run = [IMAGE_ID if kind == "image" else VIDEO_ID] * (grid[1] * grid[2] // 4)
         for _ in range(grid[0]):
             ids += [7, *run]
@@ -226,6 +260,8 @@ def media_prompt(*segments, seed: int = 0) -> dict[str, torch.Tensor]:
     ):
         if grids[kind]:
             inputs |= {pixels_name: torch.cat(pixels[kind]), grid_name: torch.tensor(grids[kind])}
+    if codes:
+        inputs |= {"audio_codes": torch.cat(codes), "audio_code_lengths": torch.tensor([len(part) for part in codes])}
     return inputs
 
 
