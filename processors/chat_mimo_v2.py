@@ -12,22 +12,23 @@ from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as TEXT_EN
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as TEXT_START
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from .audio_files_mimo_v2 import flatten_audio
 from .media_loading_mimo_v2 import flatten_images, flatten_videos
 
 
 # kind of medium -> keys of a part of content that hold it; the chat template knows a medium by the first two as well
 MEDIA_KEYS = {
     "image": ("image", "image_url", "url", "path", "base64"),
-    "audio": ("audio", "audio_url", "url", "path", "base64"),
+    "audio": ("audio", "audio_url", "input_audio", "url", "path", "base64"),
     "video": ("video", "video_url", "url", "path", "base64"),
 }
 # settings that a part may carry for its own medium
 MEDIA_OPTIONS = {
     "image": ("min_pixels", "max_pixels"),
     "video": ("fps", "num_frames", "min_pixels", "max_pixels", "start", "end"),
+    "audio": ("start", "end"),
 }
-_FLATTEN = {"image": flatten_images, "video": flatten_videos}
-_OTHER_AUDIO_TYPES = ("input_audio",)
+_FLATTEN = {"image": flatten_images, "video": flatten_videos, "audio": flatten_audio}
 
 
 @dataclass
@@ -79,7 +80,7 @@ def _message_name(row: int, index: int, batched: bool) -> str:
 def take_media(chats: list[list[dict]], batched: bool) -> tuple[list[list[dict]], dict[str, Media]]:
     """Chats whose media parts only say their kind, and the media. `chats` stay as they are.
 
-    ValueError: a part that is neither text nor a medium, or a medium without data. NotImplementedError: audio.
+    ValueError: a part that is neither text nor a medium, or a medium without data.
     """
     media = {kind: Media() for kind in MEDIA_OPTIONS}
     emptied = []
@@ -102,19 +103,20 @@ def _take_part(part: Any, name: str, media: dict[str, Media]) -> dict:
     if not isinstance(part, Mapping):
         raise ValueError(f"{name}: expected a mapping with a type, got {type(part).__name__}")
     kind = _kind(part)
-    if kind == "audio" or part.get("type") in _OTHER_AUDIO_TYPES:
-        raise NotImplementedError(f"{name}: audio is not supported yet, only text, images and videos")
     if kind is None:
         if not isinstance(part.get("text"), str):
             raise ValueError(
-                f"{name}: expected a text, an image or a video, got {sorted(part)} of type {part.get('type')!r}"
+                f"{name}: expected a text, an image, a video or audio, got {sorted(part)} of type {part.get('type')!r}"
             )
         return dict(part)
     found = [part[key] for key in MEDIA_KEYS[kind] if part.get(key) is not None]
     if len(found) != 1:
         keys = ", ".join(MEDIA_KEYS[kind])
         raise ValueError(f"{name}: expected one {kind} under one of {keys}, got {len(found)}")
-    item = found[0]["url"] if isinstance(found[0], Mapping) and "url" in found[0] else found[0]
+    item = found[0]
+    if isinstance(item, Mapping):
+        # of OpenAI: {"url": ...}, and sound in base64 as {"data": ..., "format": ...}
+        item = next((item[key] for key in ("url", "data") if key in item), item)
     items = _FLATTEN[kind](item)
     if len(items) != 1:
         raise ValueError(f"{name}: expected one {kind}, got {len(items)}")
@@ -126,7 +128,7 @@ def _take_part(part: Any, name: str, media: dict[str, Media]) -> dict:
 def _kind(part: Mapping) -> str | None:
     """The medium that the chat template writes a placeholder for."""
     for kind in MEDIA_KEYS:
-        if part.get("type") in (kind, f"{kind}_url") or kind in part or f"{kind}_url" in part:
+        if part.get("type") in (kind, f"{kind}_url", f"input_{kind}") or kind in part or f"{kind}_url" in part:
             return kind
     return None
 

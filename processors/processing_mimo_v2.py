@@ -11,78 +11,50 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""MiMoV2Processor: conversations, texts, images and videos -> the inputs of the model; and its answers read back."""
+"""MiMoV2Processor: conversations, images, videos and sounds -> the inputs of the model; and its answers read back."""
 
 import importlib.resources
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs, TextKwargs
-from transformers.utils import auto_docstring
+from transformers.utils import CONFIG_NAME, auto_docstring
 from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.video_utils import VideoInput
 
-from .chat_mimo_v2 import TEXT_START, Media, mark_chats, take_media, with_mapped_arguments
-from .image_processing_mimo_v2 import MiMoV2ImageProcessor, MiMoV2ImageProcessorKwargs
-from .media_loading_mimo_v2 import flatten_images, flatten_videos
+from .audio_codes_mimo_v2 import AUDIO_TOKENIZER_FOLDER, HUB_KWARGS, AudioTokenizerSource, Hearing, audio_inputs
+from .audio_files_mimo_v2 import flatten_audio
+from .call_arguments_mimo_v2 import MiMoV2ProcessorKwargs, processed, sorted_kwargs
+from .chat_mimo_v2 import Media, mark_chats, take_media, with_mapped_arguments
+from .feature_extraction_mimo_v2 import MiMoV2FeatureExtractor
+from .image_processing_mimo_v2 import MiMoV2ImageProcessor
+from .media_loading_mimo_v2 import TIMEOUT, flatten_images, flatten_videos
+from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizer
+from .placeholders_mimo_v2 import AUDIO, IMAGE, TOKENS, VIDEO, check_placeholders, expanded, placeholders
 from .response_parsing_mimo_v2 import MiMoV2ResponseStreamParser, parse_response
 from .token_layout_mimo_v2 import TokenLayout, token_layout
-from .video_processing_mimo_v2 import MiMoV2VideoProcessor, MiMoV2VideoProcessorKwargs
+from .video_processing_mimo_v2 import MiMoV2VideoProcessor
+from .video_sound_mimo_v2 import Unit, video_text
 
 
-# name of an id in the released config.json -> the token
-TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "audio_token_id": "<|audio_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "video_start_token_id": "<|mimo_video_start|>",
-    "video_end_token_id": "<|mimo_video_end|>",
-    "audio_start_token_id": "<|mimo_audio_start|>",
-    "audio_end_token_id": "<|mimo_audio_end|>",
-}
-VISION_START, VISION_END = TOKENS["vision_start_token_id"], TOKENS["vision_end_token_id"]
-
-
-def _placeholder(pattern: str) -> re.Pattern:
-    # a token with the mark in front is a user's text
-    return re.compile(f"(?<!{TEXT_START}){pattern}")
-
-
-# of what the template writes for a video all is replaced
-_VIDEO_TOKEN = re.escape(TOKENS["video_token_id"])
-_PLACEHOLDERS = {
-    "image": _placeholder(re.escape(TOKENS["image_token_id"])),
-    "video": _placeholder(f"(?:{re.escape(VISION_START)}{_VIDEO_TOKEN}{re.escape(VISION_END)}|{_VIDEO_TOKEN})"),
-    "audio": _placeholder(re.escape(TOKENS["audio_token_id"])),
-}
-
-
-class MiMoV2ProcessorKwargs(ProcessingKwargs, total=False):
-    text_kwargs: TextKwargs
-    images_kwargs: MiMoV2ImageProcessorKwargs
-    videos_kwargs: MiMoV2VideoProcessorKwargs
-
-
-# argument of a call that sorts others -> their names; `timeout` is for what is downloaded
-_KWARGS = {
-    "text_kwargs": set(TextKwargs.__annotations__),
-    "images_kwargs": {"timeout", *MiMoV2ImageProcessorKwargs.__annotations__},
-    "videos_kwargs": {"timeout", *MiMoV2VideoProcessorKwargs.__annotations__},
-}
+# settings by the same name in the released `processor_config`
+RELEASED_KEYS = (
+    "use_video_timestamps",
+    "use_per_grid_t_timestamps",
+    "video_audio_interleave_length",
+    "audio_group_size",
+    "audio_input_id_per_second",
+)
 
 
 @auto_docstring(
     custom_intro="""
-    Tokenizer, image processor and video processor of a MiMo-V2 checkpoint in one. Batches are padded on the left, so
-    that generation starts behind every prompt; `padding` is on by default.
+    Tokenizer, image processor, video processor, feature extractor and audio tokenizer of a MiMo-V2 checkpoint in one.
+    Batches are padded on the left, so that generation starts behind every prompt; `padding` is on by default.
     """
 )
 class MiMoV2Processor(ProcessorMixin):
@@ -93,30 +65,82 @@ class MiMoV2Processor(ProcessorMixin):
         image_processor: MiMoV2ImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         video_processor: MiMoV2VideoProcessor,
+        feature_extractor: MiMoV2FeatureExtractor | None = None,
         chat_template: str | None = None,
         token_ids: dict[str, int] | None = None,
         use_video_timestamps: bool = True,
+        use_per_grid_t_timestamps: bool = False,
+        video_audio_interleave_length: float = 0.0,
+        audio_group_size: int = 4,
+        audio_input_id_per_second: float = 25.0,
+        audio_tokenizer: MiMoAudioTokenizer | None = None,
+        audio_codec_source: AudioTokenizerSource | dict[str, str] | None = None,
     ):
         r"""
         token_ids (`dict[str, int]`, *optional*):
             Ids by their names in TOKENS. ValueError if the tokenizer lacks one of TOKENS or has another id for it.
         use_video_timestamps (`bool`, *optional*, defaults to `True`):
             Whether "MM:SS" stands before each pair of frames. NotImplementedError if not, which no release uses.
+        use_per_grid_t_timestamps (`bool`, *optional*, defaults to `False`):
+            Whether it also stands inside stretches of several pairs. NotImplementedError if so, which no release uses.
+        video_audio_interleave_length (`float`, *optional*, defaults to 0.0):
+            Seconds of a video whose frames come before their sound: 0 for each pair of frames with its own sound, -1
+            for all frames and then all sound.
+        audio_group_size (`int`, *optional*, defaults to 4):
+            Code frames that become one token.
+        audio_input_id_per_second (`float`, *optional*, defaults to 25.0):
+            Code frames per second.
+        audio_tokenizer (`MiMoAudioTokenizer`, *optional*):
+            A loaded audio tokenizer.
+        audio_codec_source (`dict[str, str]`, *optional*):
+            Where to load it from when the first sound comes. Without either, the processor takes no sound.
         """
-        if not use_video_timestamps:
-            raise NotImplementedError("use_video_timestamps: expected true, as every release has it, got false")
+        for name, got, expected in (
+            ("use_video_timestamps", use_video_timestamps, True),
+            ("use_per_grid_t_timestamps", use_per_grid_t_timestamps, False),
+        ):
+            if got is not expected:
+                raise NotImplementedError(f"{name}: expected {expected}, as every release has it, got {got}")
+        if video_audio_interleave_length < 0 and video_audio_interleave_length != -1:
+            raise ValueError(
+                f"video_audio_interleave_length: expected seconds or -1, got {video_audio_interleave_length}"
+            )
         chat_template = chat_template or tokenizer.chat_template or _default_chat_template()
-        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
+        feature_extractor = feature_extractor or MiMoV2FeatureExtractor()
+        super().__init__(image_processor, tokenizer, video_processor, feature_extractor, chat_template=chat_template)
         # pipelines pad with the tokenizer's side as well
         tokenizer.padding_side = "left"
-        self.use_video_timestamps = use_video_timestamps
+        self.use_video_timestamps, self.use_per_grid_t_timestamps = use_video_timestamps, use_per_grid_t_timestamps
+        self.video_audio_interleave_length = video_audio_interleave_length
+        self.audio_group_size, self.audio_input_id_per_second = audio_group_size, audio_input_id_per_second
+        source = audio_codec_source if audio_tokenizer is None else audio_tokenizer
+        self.audio_codec_source = None if source is None else AudioTokenizerSource.of(source)
         self.token_ids = _checked_token_ids(tokenizer, token_ids or {})
-        self.image_token, self.image_token_id = TOKENS["image_token_id"], self.token_ids["image_token_id"]
-        self.video_token, self.video_token_id = TOKENS["video_token_id"], self.token_ids["video_token_id"]
+        self.image_token, self.image_token_id = IMAGE, self.token_ids["image_token_id"]
+        self.video_token, self.video_token_id = VIDEO, self.token_ids["video_token_id"]
+        self.audio_token, self.audio_token_id = AUDIO, self.token_ids["audio_token_id"]
+
+    @property
+    def audio_tokenizer(self) -> MiMoAudioTokenizer | None:
+        """What encodes sound, loaded when it is first asked for; None for a checkpoint that does not hear.
+
+        OSError: the checkpoint hears, but lacks the files.
+        """
+        return None if self.audio_codec_source is None else self.audio_codec_source.load()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; of the audio tokenizer only where it is."""
+        output = super().to_dict()
+        source = self.audio_codec_source
+        return output | {"audio_codec_source": None if source is None else source.to_dict()}
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
         # Transformers' own check of a video processor needs torchvision
-        classes = {"image_processor": MiMoV2ImageProcessor, "video_processor": MiMoV2VideoProcessor}
+        classes = {
+            "image_processor": MiMoV2ImageProcessor,
+            "video_processor": MiMoV2VideoProcessor,
+            "feature_extractor": MiMoV2FeatureExtractor,
+        }
         if argument_name not in classes:
             return super().check_argument_for_proper_class(argument_name, argument)
         if not isinstance(argument, classes[argument_name]):
@@ -143,14 +167,29 @@ class MiMoV2Processor(ProcessorMixin):
             processor_dict |= {
                 "image_processor": MiMoV2ImageProcessor.from_processor_config(released).to_dict(),
                 "video_processor": MiMoV2VideoProcessor.from_processor_config(released).to_dict(),
+                "feature_extractor": MiMoV2FeatureExtractor.from_processor_config(released).to_dict(),
                 "token_ids": {name: released[name] for name in TOKENS if name in released},
-                "use_video_timestamps": released.get("use_video_timestamps", True),
+                **{name: released[name] for name in RELEASED_KEYS if name in released},
             }
+            hears = config.get("audio_config") is not None
+        else:
+            hears = processor_dict.get("audio_codec_source") is not None
+        if hears:
+            own = cls._own_audio_tokenizer(pretrained_model_name_or_path, kwargs)
+            # of a processor that was saved without its checkpoint, the one that it was saved with
+            if processor_dict.get("audio_codec_source") is None or own.missing_file(CONFIG_NAME) is None:
+                processor_dict["audio_codec_source"] = own
         # as of an image processor: AutoProcessor.from_pretrained(..., max_pixels=...)
-        for part in ("image_processor", "video_processor"):
+        for part in ("image_processor", "video_processor", "feature_extractor"):
             known = processor_dict[part].keys() & unused.keys()
             processor_dict[part] = {**processor_dict[part], **{name: unused[name] for name in known}}
         return processor_dict, unused
+
+    @staticmethod
+    def _own_audio_tokenizer(name_or_path: str | os.PathLike, kwargs: dict) -> AudioTokenizerSource:
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        folder = os.path.join(kwargs.get("subfolder") or "", AUDIO_TOKENIZER_FOLDER)
+        return AudioTokenizerSource(name_or_path, folder, hub_kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
@@ -158,12 +197,13 @@ class MiMoV2Processor(ProcessorMixin):
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
         image_processor = MiMoV2ImageProcessor.from_dict(processor_dict["image_processor"])
         video_processor = MiMoV2VideoProcessor.from_dict(processor_dict["video_processor"])
-        return [image_processor, tokenizer, video_processor]
+        feature_extractor = MiMoV2FeatureExtractor.from_dict(processor_dict["feature_extractor"])
+        return [image_processor, tokenizer, video_processor, feature_extractor]
 
     @auto_docstring(
         custom_intro="""
-        Over all texts, every `<|image_pad|>` stands for the next image, and every
-        `<|vision_start|><|video_pad|><|vision_end|>` for the next video.
+        Over all texts, every `<|image_pad|>` stands for the next image, every
+        `<|vision_start|><|video_pad|><|vision_end|>` for the next video, and every `<|audio_pad|>` for the next audio.
         """
     )
     def __call__(
@@ -172,6 +212,7 @@ class MiMoV2Processor(ProcessorMixin):
         text: str | list[str] | None = None,
         videos: VideoInput | None = None,
         audio: AudioInput | None = None,
+        use_audio_in_video: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -180,21 +221,30 @@ class MiMoV2Processor(ProcessorMixin):
         videos (`VideoInput`, *optional*):
             One video, a list, or a list per text: paths, URLs, bytes, frames or pairs (frames, timestamps).
         audio (`AudioInput`, *optional*):
-            Not supported yet (NotImplementedError).
+            One audio, a list, or a list per text: paths, URLs, base64, bytes, arrays [samples] or [channels, samples],
+            pairs (array, rate), mappings with `array` and `sampling_rate`, or `{"audio_codes": [frames, 20]}` as
+            `get_audio_codes` made them before.
+        use_audio_in_video (`bool`, *optional*):
+            Whether the sound of videos is heard, where they have any; by default if the checkpoint hears.
         kwargs (`dict`, *optional*):
-            Fields of MiMoV2ImageProcessorKwargs, MiMoV2VideoProcessorKwargs and Transformers' TextKwargs, flat or in
-            `images_kwargs`, `videos_kwargs` and `text_kwargs`; `timeout` in seconds for downloads.
+            Fields of MiMoV2ImageProcessorKwargs, MiMoV2VideoProcessorKwargs, MiMoV2AudioKwargs and Transformers'
+            TextKwargs, flat or in `images_kwargs`, `videos_kwargs`, `audio_kwargs` and `text_kwargs`; `timeout` in
+            seconds for downloads.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask` [texts, tokens] (lists without `return_tensors`),
-            `pixel_values` [patches, 1536], `image_grid_thw` [images, 3], `pixel_values_videos`, `video_grid_thw`.
+            `pixel_values` [patches, 1536], `image_grid_thw` [images, 3], `pixel_values_videos`, `video_grid_thw`,
+            `audio_codes` [code frames, 20] and `audio_code_lengths` [audios and videos with sound].
 
         Raises:
             ValueError, OSError: Media that cannot be used or opened, or more or fewer of them than placeholders.
         """
-        if audio is not None:
-            raise NotImplementedError("audio: not supported yet, only text, images and videos")
-        return self._inputs(text, Media(flatten_images(images)), Media(flatten_videos(videos)), kwargs)
+        media = {
+            "image": Media(flatten_images(images)),
+            "video": Media(flatten_videos(videos)),
+            "audio": Media(flatten_audio(audio)),
+        }
+        return self._inputs(text, media, use_audio_in_video, kwargs)
 
     def apply_chat_template(
         self,
@@ -218,15 +268,15 @@ class MiMoV2Processor(ProcessorMixin):
             alone: `<think>` and `<tool_call>` are theirs. With `tokenize` only.
         kwargs: `add_generation_prompt`, `continue_final_message`, the template's `enable_thinking` and
             `keep_all_reasoning`, and whatever `__call__` takes (also in `processor_kwargs`).
+        load_audio_from_video: Transformers' name for `use_audio_in_video=True`.
 
         Returns text(s), `input_ids`, or with `return_dict` all inputs.
 
-        ValueError: a message with a part that cannot be used, named by its indices. NotImplementedError: audio, and
+        ValueError: a message with a part that cannot be used, named by its indices. NotImplementedError:
         `return_assistant_tokens_mask`, which needs a template that marks what the assistant wrote.
         """
-        if return_assistant_tokens_mask or load_audio_from_video:
-            name = "return_assistant_tokens_mask" if return_assistant_tokens_mask else "load_audio_from_video"
-            raise NotImplementedError(f"{name}: expected false, got true, which is not supported")
+        if return_assistant_tokens_mask:
+            raise NotImplementedError("return_assistant_tokens_mask: expected false, got true, which is not supported")
         if not conversation:
             raise ValueError("conversation: expected at least one message, got none")
         batched = not isinstance(conversation[0], dict)
@@ -238,8 +288,9 @@ class MiMoV2Processor(ProcessorMixin):
         }
         variables = {name: value for name, value in kwargs.items() if name in names}
         processor_kwargs = {**(processor_kwargs or {}), **{n: v for n, v in kwargs.items() if n not in names}}
+        use_sound = processor_kwargs.pop("use_audio_in_video", True if load_audio_from_video else None)
         if not tokenize:
-            _sorted_kwargs(processor_kwargs)
+            sorted_kwargs(processor_kwargs)
             texts = super().apply_chat_template(chats, chat_template, tools, **variables)
             return texts if batched else texts[0]
         chats, media = take_media(chats, batched)
@@ -249,7 +300,7 @@ class MiMoV2Processor(ProcessorMixin):
         if return_tensors is not None:
             processor_kwargs["return_tensors"] = return_tensors
         texts = super().apply_chat_template(chats, chat_template, tools, **variables)
-        inputs = self._inputs(texts, media["image"], media["video"], processor_kwargs)
+        inputs = self._inputs(texts, media, use_sound, processor_kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
     def explain(self, inputs) -> TokenLayout:
@@ -257,7 +308,9 @@ class MiMoV2Processor(ProcessorMixin):
 
         ValueError: the placeholders do not fit the grids.
         """
-        return token_layout(self.tokenizer, self.token_ids, self.image_processor.merge_size, inputs)
+        return token_layout(
+            self.tokenizer, self.token_ids, self.image_processor.merge_size, self.audio_group_size, inputs
+        )
 
     def parse_response(
         self, response, schema: dict | None = None, *, prefix=None, tools: list[dict | Callable] | None = None
@@ -295,31 +348,75 @@ class MiMoV2Processor(ProcessorMixin):
         decoded = self.tokenizer.decode(value)
         return ([decoded], False) if isinstance(decoded, str) else (decoded, True)
 
-    def _inputs(self, text, images: Media, videos: Media, kwargs: dict) -> BatchFeature:
-        kwargs = _sorted_kwargs(kwargs)
-        if text is None and not images.items and not videos.items:
-            raise ValueError("text: expected a text, images or videos, got nothing")
+    def _inputs(self, text, media: dict[str, Media], use_sound: bool | None, kwargs: dict) -> BatchFeature:
+        kwargs = sorted_kwargs(kwargs)
+        if text is None and not any(kind.items for kind in media.values()):
+            raise ValueError("text: expected a text, images, videos or audio, got nothing")
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
             if not isinstance(texts, (list, tuple)) or not all(isinstance(row, str) for row in texts):
                 raise ValueError(f"text: expected a string or a list of strings, got {type(text).__name__}")
-            _check_placeholders(texts, images.items, videos.items)
+            check_placeholders(texts, {kind: found.items for kind, found in media.items()})
         text_kwargs = {"padding": True, **kwargs["text_kwargs"]}
         with_types = text_kwargs.pop("return_mm_token_type_ids", False)
-        image_inputs = _processed(self.image_processor, images, kwargs["images_kwargs"])
-        video_inputs = _processed(self.video_processor, videos, kwargs["videos_kwargs"])
+        hearing = self._hearing
+        sounds = hearing.opened(media["audio"], kwargs["audio_kwargs"])
+        image_inputs = processed(self.image_processor, media["image"], kwargs["images_kwargs"])
+        video_kwargs = {**kwargs["videos_kwargs"], "return_soundtracks": hearing.wants_soundtracks(use_sound)}
+        video_inputs = processed(self.video_processor, media["video"], video_kwargs)
         timestamps = video_inputs.pop("video_timestamps", [])
+        soundtracks = video_inputs.pop("video_soundtracks", [None] * len(timestamps))
         video_inputs.pop("video_metadata", None)
+        codes = hearing.encoded([*sounds, *hearing.of_videos(soundtracks, timestamps)])
+        audio_codes, video_codes = codes[: len(sounds)], codes[len(sounds) :]
+        units = list(map(hearing.units, video_codes, timestamps, soundtracks))
+        video_codes = list(map(hearing.cut, video_codes, units))
         text_inputs = {}
         if texts is not None:
-            image_texts = self._image_texts(image_inputs)
-            expanded = _expanded(texts, image_texts, self._video_texts(video_inputs, timestamps))
-            text_inputs = self.tokenizer(expanded, **text_kwargs)
-            self._check_special_mm_tokens(expanded, text_inputs, modalities=["image", "video"])
+            replacements = {
+                "image": self._image_texts(image_inputs),
+                "video": self._video_texts(video_inputs, units),
+                "audio": [self.audio_token * hearing.tokens(part) for part in audio_codes],
+            }
+            whole = expanded(texts, replacements)
+            text_inputs = self.tokenizer(whole, **text_kwargs)
+            self._check_special_mm_tokens(whole, text_inputs, modalities=["image", "video", "audio"])
             if with_types:
                 text_inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(text_inputs["input_ids"])
-        data = {**text_inputs, **image_inputs, **video_inputs}
+        order = ["audio"] * len(audio_codes) + ["video"] * len(video_codes)
+        if texts is not None:
+            order = [kind for _, kind in placeholders(texts)]
+        data = {**text_inputs, **image_inputs, **video_inputs, **audio_inputs(audio_codes, video_codes, order)}
         return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
+
+    def get_audio_codes(
+        self,
+        audio: AudioInput,
+        sampling_rate: int | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        timeout: float = TIMEOUT,
+    ) -> list[torch.Tensor]:
+        """Codes [code frames, 20] of each audio, to be kept and given back as `{"audio_codes": codes}`.
+
+        Args:
+            audio: as for a call.
+            start, end: seconds of each audio.
+
+        Raises:
+            ValueError, OSError: as a call.
+        """
+        options = {name: value for name, value in (("start", start), ("end", end)) if value is not None}
+        items = flatten_audio(audio)
+        media = Media(items, [options] * len(items))
+        settings = {"sampling_rate": sampling_rate, "timeout": timeout}
+        return self._hearing.encoded(self._hearing.opened(media, settings))
+
+    @property
+    def _hearing(self) -> Hearing:
+        return Hearing(
+            self.feature_extractor, self.audio_codec_source, self.audio_group_size, self.audio_input_id_per_second
+        )
 
     def _image_texts(self, image_inputs: dict) -> list[str]:
         merged = self.image_processor.merge_size**2
@@ -328,15 +425,13 @@ class MiMoV2Processor(ProcessorMixin):
             for time, height, width in image_inputs.get("image_grid_thw", torch.empty(0, 3)).tolist()
         ]
 
-    def _video_texts(self, video_inputs: dict, timestamps: list[list[float]]) -> list[str]:
+    def _video_texts(self, video_inputs: dict, videos: list[list[Unit]]) -> list[str]:
         merged = self.video_processor.merge_size**2
-        texts = []
         grids = video_inputs.get("video_grid_thw", torch.empty(0, 3)).tolist()
-        for (_, height, width), seconds in zip(grids, timestamps):
-            frames = VISION_START + self.video_token * (height * width // merged) + VISION_END
-            pairs = [f"{int(second) // 60:02d}:{int(second) % 60:02d}{frames}" for second in seconds]
-            texts.append(TOKENS["video_start_token_id"] + "".join(pairs) + TOKENS["video_end_token_id"])
-        return texts
+        return [
+            video_text(units, height * width // merged, self.video_audio_interleave_length)
+            for (_, height, width), units in zip(grids, videos)
+        ]
 
 
 def _default_chat_template() -> str:
@@ -356,68 +451,3 @@ def _checked_token_ids(tokenizer, expected: dict[str, int]) -> dict[str, int]:
                 f"for {TOKENS[name]} in the tokenizer"
             )
     return ids
-
-
-def _sorted_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments by what takes them. Transformers' `_merge_kwargs` drops unknown names with a warning only."""
-    by_taker = {taker: dict(kwargs.get(taker) or {}) for taker in _KWARGS}
-    for name, value in kwargs.items():
-        takers = [taker for taker, names in _KWARGS.items() if name in names]
-        if not takers and name not in _KWARGS:
-            raise ValueError(
-                f"{name}: expected an argument of the chat template or the processor, got an unknown name"
-            )
-        for taker in takers:
-            by_taker[taker][name] = value
-    return by_taker
-
-
-def _processed(processor, media: Media, settings: dict) -> dict[str, Any]:
-    """Media processed in one call, or one by one where some bring settings of their own."""
-    if not media.items:
-        return {}
-    if not any(media.options):
-        return dict(processor(media.items, **settings, return_tensors="pt"))
-    parts = []
-    for index, (item, options) in enumerate(zip(media.items, media.options)):
-        # one way of sampling stands in for the other
-        sampling = {"fps", "num_frames"} if options.keys() & {"fps", "num_frames"} else set()
-        shared = {name: value for name, value in settings.items() if name not in sampling}
-        try:
-            parts.append(processor([item], **{**shared, **options}, return_tensors="pt"))
-        except (ValueError, OSError) as error:
-            # the processor counts within its call
-            raise type(error)(str(error).replace("s[0]:", f"s[{index}]:", 1)) from error
-    return {
-        key: torch.cat([part[key] for part in parts])
-        if isinstance(value, torch.Tensor)
-        else [item for part in parts for item in part[key]]
-        for key, value in parts[0].items()
-    }
-
-
-def _check_placeholders(texts: Sequence[str], images: list, videos: list) -> None:
-    """One placeholder per medium and the other way round, before anything is decoded."""
-    for kind, items in {"image": images, "video": videos, "audio": []}.items():
-        found = [index for index, text in enumerate(texts) for _ in _PLACEHOLDERS[kind].finditer(text)]
-        if kind == "audio" and found:
-            raise NotImplementedError(f"text[{found[0]}]: audio is not supported yet, got {TOKENS['audio_token_id']}")
-        if len(found) > len(items):
-            index = found[len(items)]
-            nth = found[: len(items)].count(index)
-            raise ValueError(
-                f"{kind}s: expected {len(found)}, one per placeholder in the text, got {len(items)}; "
-                f"placeholder {nth} of text[{index}] has none"
-            )
-        if len(found) < len(items):
-            raise ValueError(
-                f"{kind}s[{len(found)}]: expected a placeholder in the text, got {len(found)} for {len(items)} {kind}s"
-            )
-
-
-def _expanded(texts: Sequence[str], images: list[str], videos: list[str]) -> list[str]:
-    """`texts` with what stands for each medium in place of its placeholder."""
-    for kind, replacements in {"image": images, "video": videos}.items():
-        rest = list(reversed(replacements))
-        texts = [_PLACEHOLDERS[kind].sub(lambda _, rest=rest: rest.pop(), text) for text in texts]
-    return list(texts)

@@ -29,6 +29,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image
 
+from .audio_files_mimo_v2 import Audio, open_soundtrack
 from .media_loading_mimo_v2 import (
     ARRAYS,
     BROKEN_PICTURE,
@@ -78,6 +79,10 @@ class Video:
     def duration(self) -> float:
         """Seconds to the end of the last frame, which is taken to last as long as the average."""
         return float(self.times[-1]) + 1 / self.fps
+
+    def soundtrack(self) -> Audio | None:
+        """The sound, time 0 being the first frame; None where there is none."""
+        return None
 
     def read(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
         """[3, H, W] of 0 to 255 for each of the rising `indices`. ValueError: a frame that cannot be decoded."""
@@ -184,6 +189,8 @@ class VideoFile(Video):
             self.keys = sorted((packet.pts, packet.seek) for packet in packets if packet.is_key)
         constant = np.arange(len(self.pts)) / (rate or 1)
         clock = self.pts if self.timed else [packet.seek for packet in packets]
+        # seconds of the first frame on the file's clock, which that of the sound is as well
+        self.origin = float(self.pts[0] * unit) if self.timed else 0.0
         # by the denominator last: 180000 units of 1/90000 are 2 seconds, not a little less
         ticks = None if None in clock else np.array(clock) - clock[0]
         times = constant if ticks is None else ticks * unit.numerator / unit.denominator
@@ -233,6 +240,9 @@ class VideoFile(Video):
         if "mp4" in container.format.name and found < stream.frames:
             raise ValueError(f"{self.name}: expected {stream.frames} frames, got {found}: the file is cut off")
         return first, packets
+
+    def soundtrack(self) -> Audio | None:
+        return open_soundtrack(self.source, self.name, self.origin)
 
     def read(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
         with self._opened() as (container, stream):

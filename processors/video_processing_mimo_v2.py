@@ -17,7 +17,7 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from transformers.utils import auto_docstring
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoInput, VideoMetadata
 
+from .audio_files_mimo_v2 import Audio
 from .image_processing_mimo_v2 import (
     SERVICE_KEYS,
     ReleasedSettings,
@@ -44,6 +45,13 @@ FRAME_FACTOR = 2
 MIN_FRAMES = 8
 # seconds; a frame this close to `start` or `end` is inside
 TOLERANCE = 1e-6
+
+
+class Soundtrack(NamedTuple):
+    """The sound of a video, on the clock of its frames, and the second until when the last taken frame is shown."""
+
+    audio: Audio
+    end: float
 
 
 def sample_indices(total: int, rate: float, settings: dict[str, Any]) -> np.ndarray:
@@ -202,6 +210,7 @@ class MiMoV2VideoProcessor(ReleasedSettings, VideoProcessorMixin):
         end: float | None = None,
         return_tensors: str | None = None,
         timeout: float = TIMEOUT,
+        return_soundtracks: bool = False,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -220,13 +229,16 @@ class MiMoV2VideoProcessor(ReleasedSettings, VideoProcessorMixin):
             `"pt"` as well as None: tensors of PyTorch; `"np"`: arrays.
         timeout (`float`, *optional*, defaults to 60.0):
             Seconds without an answer after which a server counts as unreachable.
+        return_soundtracks (`bool`, *optional*, defaults to `False`):
+            Whether to open the sound as well.
         kwargs (`dict`, *optional*):
             Settings of this call by the names of MiMoV2VideoProcessorKwargs.
 
         Returns:
             `BatchFeature`: `pixel_values_videos` [patches, 3 * temporal_patch_size * patch_size**2] float32;
             `video_grid_thw` [videos, 3], patches in time, height and width; `video_timestamps`, per video a list with
-            the seconds of the first frame of each patch in time; `video_metadata`, a VideoMetadata per video.
+            the seconds of the first frame of each patch in time; `video_metadata`, a VideoMetadata per video; with
+            `return_soundtracks` also `video_soundtracks`, per video a Soundtrack or None.
 
         Raises:
             ValueError, OSError: A video that cannot be used, by its index among all videos of the call.
@@ -252,6 +264,8 @@ class MiMoV2VideoProcessor(ReleasedSettings, VideoProcessorMixin):
         step = settings["temporal_patch_size"]
         data["video_timestamps"] = [video.times[taken[::step]].tolist() for video, taken in zip(opened, chosen)]
         data["video_metadata"] = [metadata_of(video, taken) for video, taken in zip(opened, chosen)]
+        if return_soundtracks:
+            data["video_soundtracks"] = [soundtrack_of(video, taken, end) for video, taken in zip(opened, chosen)]
         return data
 
     def _choose(self, video: Video, start, end, settings: dict, changes: dict, name: str) -> np.ndarray:
@@ -283,6 +297,17 @@ def write_video(video: Video, indices: np.ndarray, out: torch.Tensor, settings: 
         until = place + 1 if place + 1 < len(distinct) else len(indices)
         for at in range(place, until):
             write_patches(frame, out[at // step, ..., at % step : at % step + 1, :, :], settings)
+
+
+def soundtrack_of(video: Video, indices: np.ndarray, end: float | None) -> Soundtrack | None:
+    """The sound of `video`: until `end`, or else for as long as the first of the taken frames is shown."""
+    if (audio := video.soundtrack()) is None:
+        return None
+    if end is None:
+        times = video.times[np.unique(indices)]
+        # a single frame counts as a second, as in SGLang
+        end = times[-1] + (times[1] - times[0] if len(times) > 1 else 1.0)
+    return Soundtrack(audio, float(end))
 
 
 def metadata_of(video: Video, indices: np.ndarray) -> VideoMetadata:

@@ -641,9 +641,9 @@ def test_truncation_may_not_cut_media(processor, media):
         ({"type": "image", "image": ["a", "b"]}, "expected one image, got 2"),
         (
             {"type": "file", "file": "a"},
-            r"expected a text, an image or a video, got \['file', 'type'\] of type 'file'",
+            r"expected a text, an image, a video or audio, got \['file', 'type'\] of type 'file'",
         ),
-        ({"type": "text"}, "expected a text, an image or a video, got"),
+        ({"type": "text"}, "expected a text, an image, a video or audio, got"),
         ("words", "expected a mapping with a type, got str"),
     ],
 )
@@ -654,16 +654,15 @@ def test_a_part_that_cannot_be_used_is_named(processor, part, message):
         chat_inputs(processor, [[user("Q")], [{"role": "user", "content": [part]}]])
 
 
-def test_audio_is_refused_by_name(processor):
-    for part in ({"type": "audio", "audio": "a.wav"}, {"audio_url": {"url": "a"}}, {"type": "input_audio"}):
-        with pytest.raises(NotImplementedError, match=r"^messages\[0\]\.content\[1\]: audio is not supported yet"):
-            chat_inputs(processor, [user(text("a"), part)])
-    with pytest.raises(NotImplementedError, match=r"^text\[1\]: audio is not supported yet"):
+def test_sound_without_data_or_placeholder_is_named(processor):
+    with pytest.raises(
+        ValueError, match=r"^messages\[0\]\.content\[1\]: expected one audio under one of audio, .* got 0"
+    ):
+        chat_inputs(processor, [user(text("a"), {"type": "input_audio"})])
+    with pytest.raises(ValueError, match=r"^audio: expected 1, .* placeholder 0 of text\[1\] has none"):
         processor(text=["a", "<|mimo_audio_start|><|audio_pad|><|mimo_audio_end|>"])
-    with pytest.raises(NotImplementedError, match=r"^audio: not supported yet"):
+    with pytest.raises(ValueError, match=r"^audio\[0\]: expected a placeholder in the text"):
         processor(text="a", audio=np.zeros(10))
-    with pytest.raises(NotImplementedError, match=r"^load_audio_from_video: "):
-        chat_inputs(processor, [user("a")], load_audio_from_video=True)
 
 
 def test_a_file_that_cannot_be_read_is_named_by_its_index(processor, media, tmp_path):
