@@ -6,7 +6,8 @@ READY := .venv/ready
 .PHONY: demo test check bench style
 
 demo: $(READY)
-	$(BIN)/mimo demo --text README.md --image examples/media/chart.png --video examples/media/clip.mp4
+	$(BIN)/mimo demo --text README.md --image examples/media/chart.png --video examples/media/clip_with_sound.mp4 \
+	  --audio examples/media/speech.wav --audio examples/media/sweep.ogg
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""`mimo chat`: talk to a checkpoint in the terminal, with images and videos."""
+"""`mimo chat`: talk to a checkpoint in the terminal, with images, videos and sounds."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from importlib import import_module
 EXAMPLE = """examples:
   mimo chat /models/MiMo-V2.5
   mimo chat /models/MiMo-V2.5 --image examples/media/chart.png --prompt "Which bar is the highest?"
+  mimo chat /models/MiMo-V2.5 --audio examples/media/speech.wav --prompt "When does the meeting start?"
   git diff | mimo chat /models/MiMo-V2.5 --system "Review this change." --json
 
 With --prompt, or with a text on standard input, it answers once and leaves. In the chat, /help lists the commands.
@@ -19,7 +20,8 @@ With --prompt, or with a text on standard input, it answers once and leaves. In 
 
 HELP = """\
 /image FILE|URL    attach an image to the next message
-/video FILE|URL    attach a video to the next message
+/video FILE|URL    attach a video, with its sound if it has any
+/audio FILE|URL    attach a sound to the next message
 /think on|off      let the model think before it answers
 /system TEXT       set the system text; without TEXT, the default one
 /undo              take back the last message and its answer
@@ -40,15 +42,15 @@ CONTROL_CHARACTERS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160))
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "chat",
-        help="talk to a checkpoint in the terminal, with images and videos",
+        help="talk to a checkpoint in the terminal, with images, videos and sounds",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="PATH", help="a checkpoint: a folder, or the name of a repository")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     parser.add_argument("--system", default="", metavar="TEXT", help="system text (default: that of the template)")
-    for kind in ("image", "video"):
-        what = f"attach {'an' if kind == 'image' else 'a'} {kind} to the first message; repeatable"
+    for kind, article in (("image", "an"), ("video", "a"), ("audio", "an")):
+        what = f"attach {article} {kind} file to the first message; repeatable"
         parser.add_argument(f"--{kind}", action="append", default=[], metavar="FILE|URL", help=what)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: the checkpoint's, else 2048)")
     parser.add_argument("--temperature", type=float, help="0: greedy (default: as generation_config.json says)")
@@ -73,9 +75,10 @@ def run(args) -> int:
         raise ValueError("`--prompt`: expected a text, got none.")
     if args.json and prompt is None:
         raise ValueError("`--json`: expected `--prompt` or a text on standard input with it, got neither.")
-    check_sources({"image": args.image, "video": args.video})
+    media = {"image": args.image, "video": args.video, "audio": args.audio}
+    check_sources(media)
     session = load_session(args, options)
-    for kind, sources in (("image", args.image), ("video", args.video)):
+    for kind, sources in media.items():
         for source in sources:
             session.attach(kind, source)
     if prompt is not None:
@@ -208,6 +211,8 @@ class Terminal:
     def about(self) -> str:
         model = self.session.model
         senses = "text only" if model.visual is None else "text, images and videos"
+        if model.audio_encoder is not None:
+            senses = "text, images, videos and sound"
         return f"{type(model).__name__}, {model.num_parameters() / 1e6:,.0f}M parameters, {senses}"
 
     def read(self) -> str:
@@ -230,14 +235,14 @@ class Terminal:
 
     def command(self, name: str, value: str) -> None:
         session = self.session
-        takes_value = ("/image", "/video", "/think")
+        takes_value = ("/image", "/video", "/audio", "/think")
         plain = {"/undo": session.undo, "/reset": session.reset}
         shown = {"/explain": session.explain, "/stats": self.stats, "/help": lambda: HELP}
         if name not in (*takes_value, "/system", *plain, *shown):
             raise ValueError(f"{name}: expected a command that /help lists.")
         if name != "/system" and bool(value) != (name in takes_value):
             raise ValueError(f"{name}: expected {'a value' if name in takes_value else 'nothing'} after it.")
-        if name in ("/image", "/video"):
+        if name in ("/image", "/video", "/audio"):
             print(session.attach(name[1:], value))
         elif name == "/think":
             if value not in ("on", "off"):

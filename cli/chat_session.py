@@ -14,28 +14,35 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_mimo import HybridCache
 from modeling_mimo.processors.media_loading_mimo_v2 import open_source
+from modeling_mimo.processors.placeholders_mimo_v2 import ARGUMENTS, AUDIO, IMAGE, VIDEO
 from modeling_mimo.processors.response_parsing_mimo_v2 import MiMoV2ResponseStreamParser
 
 
 # one per turn: each holds a copy of the sliding windows (32 MiB in MiMo-V2.5) and maybe buffers the cache has outgrown
 MAX_SNAPSHOTS = 4
 
+PLACEHOLDERS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
+
 
 @dataclass
 class Medium:
-    """An image or a video as it lies in the conversation: its file is read once, and its digest tells it apart."""
+    """An image, a video or a sound of the conversation: its file is read once, and its digest tells it apart.
+
+    item: what the processor takes: the bytes of the file, or of a sound its codes. grid: patches of what is seen.
+    tokens: how many placeholders of each kind it has; a video with sound has some of "audio".
+    """
 
     kind: str
     name: str
-    data: bytes
-    grid: list[int]
-    tokens: int
-
-    def __post_init__(self):
-        self.key = hashlib.sha256(self.data).hexdigest()
+    key: str
+    item: Any
+    grid: list[int] | None
+    tokens: dict[str, int]
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}: {' x '.join(map(str, self.grid))} patches, {self.tokens} tokens"
+        seen = f"{' x '.join(map(str, self.grid))} patches, {self.tokens[self.kind]} tokens, " if self.grid else ""
+        heard = f"{self.tokens['audio']} tokens of sound, " if self.tokens["audio"] else ""
+        return f"{self.kind} {self.name}: {seen}{heard}".removesuffix(", ")
 
 
 @dataclass
@@ -146,25 +153,35 @@ class ChatSession:
         self.turns.pop()
 
     def attach(self, kind: str, source: str) -> Medium:
-        """Reads an "image" or a "video" from a file or URL for the next message.
+        """Reads an "image", a "video" or "audio" from a file or URL for the next message.
 
         Raises:
-            ValueError, OSError: nothing readable there, or a model that cannot see.
+            ValueError, OSError: nothing readable there, or a model that cannot see or hear.
         """
         if not isinstance(self.processor, ProcessorMixin):
-            raise ValueError(f"{source}: expected text only, this checkpoint has no vision tower.")
+            raise ValueError(f"{source}: expected text only, this checkpoint neither sees nor hears.")
         if self.model.visual is None:
-            raise ValueError(f"{source}: expected text only, the model was loaded without its vision tower.")
+            raise ValueError(f"{source}: expected text only, the model was loaded without its towers.")
         data = read_bytes(kind, source)
-        processors = {"image": self.processor.image_processor, "video": self.processor.video_processor}
         try:
-            (grid,) = processors[kind]([data], return_tensors="pt")[f"{kind}_grid_thw"].tolist()
+            # codes, so that later turns need not hear again
+            item = {"audio_codes": self.processor.get_audio_codes(data)[0]} if kind == "audio" else data
+            inputs = self.processor(text=PLACEHOLDERS[kind], **{ARGUMENTS[kind]: [item]}, return_tensors="pt")
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        merged = self.model.config.vision_config.spatial_merge_size**2
-        medium = Medium(kind, source, data, grid, grid[0] * grid[1] * grid[2] // merged)
+        grid = None if kind == "audio" else inputs[f"{kind}_grid_thw"][0].tolist()
+        tokens = {name: int((inputs["input_ids"] == token).sum()) for name, token in self.placeholder_ids().items()}
+        medium = Medium(kind, source, hashlib.sha256(data).hexdigest(), item, grid, tokens)
         self.attached.append(medium)
         return medium
+
+    def placeholder_ids(self) -> dict[str, int]:
+        processor = self.processor
+        return {
+            "image": processor.image_token_id,
+            "video": processor.video_token_id,
+            "audio": processor.audio_token_id,
+        }
 
     def ask(self, text: str, on_delta: Callable[[dict], None] = lambda delta: None) -> dict[str, Any]:
         """The parsed answer to `text` and what is attached; both join the conversation.
@@ -172,7 +189,7 @@ class ChatSession:
         `on_delta` gets its parts while they are generated: mappings with `reasoning_content`, `content` or
         `tool_calls`. After an error the conversation is what it was before.
         """
-        content = [{"type": medium.kind, medium.kind: medium.data} for medium in self.attached]
+        content = [{"type": medium.kind, medium.kind: medium.item} for medium in self.attached]
         message = {"role": "user", "content": [*content, {"type": "text", "text": text}] if content else text}
         inputs = self.render([*self.messages, message])
         media = [*self.media, list(self.attached)]
@@ -222,13 +239,12 @@ class ChatSession:
 
     def token_keys(self, ids: list[int], media: list[list[Medium]]) -> list[int | str]:
         """`ids` with the key of a medium at its placeholders: other pictures have the same ids."""
-        config = self.model.config
-        if config.vision_config is None:
+        if not isinstance(self.processor, ProcessorMixin):
             return ids
         flat = [medium for turn in media for medium in turn]
         keys = {
-            token: iter([medium.key for medium in flat if medium.kind == kind for _ in range(medium.tokens)])
-            for kind, token in (("image", config.image_token_id), ("video", config.video_token_id))
+            token: iter([medium.key for medium in flat for _ in range(medium.tokens[kind])])
+            for kind, token in self.placeholder_ids().items()
         }
         return [next(keys[token]) if token in keys else token for token in ids]
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from .chat import check_sources
 
 
+MEDIA = ("image", "video", "audio")
+
 EXAMPLE = """example:
-  mimo demo --text README.md --image examples/media/chart.png --video examples/media/clip.mp4
+  mimo demo --text README.md --image examples/media/chart.png --audio examples/media/speech.wav
 
 The weights are random, so what it writes is noise; formats, loading, media, cache and speed are real.
 """
@@ -20,13 +22,19 @@ The weights are random, so what it writes is noise; formats, loading, media, cac
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "demo",
-        help="write a small random checkpoint in the released format, load it, show it a text, an image, a video",
+        help="write a small random checkpoint in the released format, load it, let it read, see and hear",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--text", type=Path, help="text file to continue (default: a text of the package)")
-    parser.add_argument("--image", help="image file or URL to ask about")
-    parser.add_argument("--video", help="video file or URL to ask about")
+    for kind in MEDIA:
+        parser.add_argument(
+            f"--{kind}",
+            action="append",
+            default=[],
+            metavar="FILE|URL",
+            help=f"{kind} file or URL to ask about; repeatable",
+        )
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens to generate (default: 48)")
     parser.add_argument(
         "--size", choices=("tiny", "demo"), default="demo", help="10M or 55M parameters (default: demo)"
@@ -41,7 +49,7 @@ def run(args) -> int:
     text = read_text(args.text)
     if args.max_new_tokens < 1:
         raise ValueError(f"`--max-new-tokens`: expected at least 1, got {args.max_new_tokens}.")
-    check_sources({"image": [args.image] if args.image else [], "video": [args.video] if args.video else []})
+    check_sources({kind: vars(args)[kind] for kind in MEDIA})
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch) / "checkpoint"
         show(folder, text, args)
@@ -69,7 +77,7 @@ def show(folder: Path, text: str, args) -> None:
 
     logging.set_verbosity_error()
     start = time.perf_counter()
-    write_random_checkpoint(folder, size=args.size, seed=args.seed, vision=True)
+    write_random_checkpoint(folder, size=args.size, seed=args.seed, vision=True, audio=True)
     names = sorted(path.name for path in folder.iterdir())
     print(f"wrote {folder} in {time.perf_counter() - start:.1f} s: {', '.join(names)}\n")
 
@@ -84,7 +92,7 @@ def show(folder: Path, text: str, args) -> None:
     ids = processor.tokenizer(text, return_tensors="pt").input_ids
     ids = ids[:, : model.config.max_position_embeddings - args.max_new_tokens]
     generate(model, processor.tokenizer, ids, args.max_new_tokens)
-    media = [(kind, source) for kind, source in (("image", args.image), ("video", args.video)) if source]
+    media = [(kind, source) for kind in MEDIA for source in vars(args)[kind]]
     if media:
         print()
         answer_about(media, model, processor, args.max_new_tokens)
@@ -146,7 +154,7 @@ def answer_about(media: list[tuple[str, str]], model, processor, max_new_tokens:
     session = ChatSession(model, processor, max_new_tokens=max_new_tokens)
     for kind, source in media:
         print(session.attach(kind, source))
-    question = f"What {'does' if len(media) == 1 else 'do'} the {' and the '.join(kind for kind, _ in media)} show?"
+    question = f"What is in the {' and the '.join(dict.fromkeys(kind for kind, _ in media))}?"
     print(f"\n{question} >>>", end=" ")
     printer = Printer()
     session.ask(question, printer.show)
@@ -154,7 +162,7 @@ def answer_about(media: list[tuple[str, str]], model, processor, max_new_tokens:
     print(f"\n{session.explain()}\n")
     stats = session.stats()
     print(
-        f"prompt: {stats['prompt']:,} tokens, read in {stats['prefill_seconds']:.2f} s with the vision tower; "
+        f"prompt: {stats['prompt']:,} tokens, read in {stats['prefill_seconds']:.2f} s with what is seen and heard; "
         f"generated {stats['answer']} tokens in {stats['decode_seconds']:.2f} s"
     )
     print(cache_line(session.cache, model))

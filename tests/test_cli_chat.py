@@ -29,11 +29,11 @@ TOKENS = 12
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """ "text" and "vision": small checkpoints with a tokenizer."""
+    """ "text" and "omni": small checkpoints with a tokenizer."""
     root = tmp_path_factory.mktemp("chat")
     return {
-        name: write_random_checkpoint(root / name, "tiny", dtype="bf16", vision=name == "vision")
-        for name in ("text", "vision")
+        name: write_random_checkpoint(root / name, "tiny", dtype="bf16", vision=name == "omni", audio=name == "omni")
+        for name in ("text", "omni")
     }
 
 
@@ -212,9 +212,9 @@ def test_bytes_that_are_no_character_come_out_too(loaded):
 
 
 def test_an_image_then_a_video(chat, tmp_path):
-    session = chat("vision")
+    session = chat("omni")
     attached = session.attach("image", image_file(tmp_path, "red"))
-    assert (attached.grid, attached.tokens) == ([1, 6, 8], 12)
+    assert (attached.grid, attached.tokens) == ([1, 6, 8], {"image": 12, "video": 0, "audio": 0})
     assert session.ask("What is this?") == plain_answer(session)
     session.attach("video", str(MEDIA / "clip.mp4"))
     assert session.ask("And what moves here?") == plain_answer(session)
@@ -226,8 +226,27 @@ def test_an_image_then_a_video(chat, tmp_path):
     assert "videos[0] pair 2" in table
 
 
+def test_a_sound_then_a_video_with_sound(chat):
+    session = chat("omni")
+    attached = session.attach("audio", str(MEDIA / "speech.wav"))
+    assert attached.grid is None
+    assert f"speech.wav: {attached.tokens['audio']} tokens of sound" in str(attached)
+    assert session.ask("What was said?") == plain_answer(session)
+    attached = session.attach("video", str(MEDIA / "clip_with_sound.mp4"))
+    assert attached.tokens["video"] > 0
+    assert attached.tokens["audio"] > 0
+    assert session.ask("And here?") == plain_answer(session)
+    assert session.turns[1].reused >= session.turns[0].prompt
+    # the placeholders of a video with sound are told apart from those of another sound
+    assert {session.media[0][0].key, attached.key} <= set(session.cached)
+    table = session.explain()
+    assert "audio[0]" in table
+    assert "audio[1]" in table
+    assert "videos[0] pair 1" in table
+
+
 def test_another_image_of_the_same_size_is_not_taken_from_the_cache(chat, tmp_path):
-    session = chat("vision")
+    session = chat("omni")
     for colour in ("red", "blue"):
         session.attach("image", image_file(tmp_path, colour))
         assert session.ask("Which colour?") == plain_answer(session)
@@ -237,7 +256,7 @@ def test_another_image_of_the_same_size_is_not_taken_from_the_cache(chat, tmp_pa
 
 
 def test_media_stay_attached_after_an_error_and_leave_with_reset(chat, tmp_path):
-    session = chat("vision")
+    session = chat("omni")
     session.attach("image", image_file(tmp_path, "red"))
     with pytest.raises(ValueError, match="context:"):
         session.ask("word " * 5000)
@@ -248,14 +267,14 @@ def test_media_stay_attached_after_an_error_and_leave_with_reset(chat, tmp_path)
 
 
 def test_media_that_cannot_be_used(chat, folders, tmp_path):
-    with pytest.raises(ValueError, match=r"chart.png: expected text only, this checkpoint has no vision tower"):
+    with pytest.raises(ValueError, match=r"chart.png: expected text only, this checkpoint neither sees nor hears"):
         chat().attach("image", str(MEDIA / "chart.png"))
-    blind = AutoModelForCausalLM.from_pretrained(folders["vision"], load_towers=False)
-    session = ChatSession(blind, AutoProcessor.from_pretrained(folders["vision"]))
-    with pytest.raises(ValueError, match="was loaded without its vision tower"):
+    blind = AutoModelForCausalLM.from_pretrained(folders["omni"], load_towers=False)
+    session = ChatSession(blind, AutoProcessor.from_pretrained(folders["omni"]))
+    with pytest.raises(ValueError, match="was loaded without its towers"):
         session.attach("image", str(MEDIA / "chart.png"))
-    session = chat("vision")
-    for kind in ("image", "video"):
+    session = chat("omni")
+    for kind in ("image", "video", "audio"):
         with pytest.raises(ValueError, match=r"make_media\.py: "):
             session.attach(kind, str(MEDIA / "make_media.py"))
         with pytest.raises(OSError, match=f"{kind}: expected a file"):
@@ -288,7 +307,7 @@ def test_commands(folders, monkeypatch, capsys):
         "/undo: expected a message to take back, got an empty conversation.",
         "/think: expected a value after it.",
         "/hlep: expected a command that /help lists.",
-        "x: expected text only, this checkpoint has no vision tower.",
+        "x: expected text only, this checkpoint neither sees nor hears.",
     ]
 
 
@@ -318,8 +337,8 @@ def test_sampling_follows_the_seed(folders, capsys):
     [
         (["/nowhere", "--prompt", "x"], "/nowhere: expected a folder or the name of a repository"),
         (["{text}", "--prompt", "x", "--image", "missing.png"], "`--image`: expected a file or URL, got missing.png"),
-        (["{text}", "--prompt", "x", "--image", "{media}/chart.png"], "this checkpoint has no vision tower"),
-        (["{vision}", "--prompt", "x", "--image", "{media}/make_media.py"], "expected an image file"),
+        (["{text}", "--prompt", "x", "--image", "{media}/chart.png"], "this checkpoint neither sees nor hears"),
+        (["{omni}", "--prompt", "x", "--image", "{media}/make_media.py"], "expected an image file"),
         (["{text}", "--prompt", "x", "--max-new-tokens", "0"], "`--max-new-tokens`: expected at least 1, got 0"),
         (["{text}", "--prompt", "x", "--temperature", "-1"], "`--temperature`: expected 0 or more, got -1.0"),
         (["{text}", "--prompt", "x", "--top-p", "2"], "`--top-p`: expected more than 0 and at most 1, got 2.0"),

@@ -10,19 +10,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MEDIA = Path(__file__).parents[1] / "examples" / "media"
 
 
-def test_text_image_and_video(tmp_path, capsys):
+def test_it_reads_sees_and_hears(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("A short text to go on with.", encoding="utf-8")
     options = ["--size", "tiny", "--max-new-tokens", "4", "--text", str(text)]
     media = ["--image", str(MEDIA / "chart.png"), "--video", str(MEDIA / "clip.mp4")]
+    media += ["--audio", str(MEDIA / "speech.wav"), "--audio", str(MEDIA / "sweep.ogg")]
     assert main(["demo", *options, *media]) == 0
     out = capsys.readouterr().out
     assert "loaded MiMoV2ForCausalLM and MiMoV2Processor" in out
     # 640 x 448 and 320 x 192 pixels in patches of 16 x 16, four of them a token; at least 8 frames, in pairs
     assert "chart.png: 1 x 28 x 40 patches, 280 tokens" in out
     assert "clip.mp4: 4 x 12 x 20 patches, 240 tokens" in out
-    assert "What do the image and the video show?" in out
-    for segment in ("images[0]", "videos[0] pair 0", "videos[0] pair 3"):
+    assert "What is in the image and the video and the audio?" in out
+    for segment in ("images[0]", "videos[0] pair 0", "videos[0] pair 3", "audio[0]", "audio[1]"):
         assert segment in out
     assert out.count("KV cache for ") == 2
     assert "noise" in out
