@@ -24,6 +24,7 @@ SCRIPTS = {
     "kv_cache.py": ("KV cache of MiMo-V2.5 at 262144 tokens", ["--quick"]),
     "load.py": ("Loading FP8 and bf16 checkpoints", ["--quick"]),
     "vision.py": ("Vision tower on an image of 4,096 patches", ["--quick"]),
+    "hearing.py": ("Audio tokenizer: real time, matrix products, memory of an hour", ["--quick"]),
     "preprocess.py": ("Preprocessing of a photo and a clip", ["--quick"]),
     "fp8_dequantize.py": ("FP8 dequantization", ["--case", "qkv", "--repeats", "1"]),
 }
