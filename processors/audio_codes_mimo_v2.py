@@ -124,7 +124,7 @@ def encode_sounds(
                 yield segment
                 bar.update(round(len(segment) * extractor.hop_length / extractor.sampling_rate, 2))
 
-    with logging.tqdm(total=total, unit="s", desc="hearing", disable=True if seconds < LONG_AUDIO else None) as bar:
+    with logging.tqdm(total=total, unit="s", desc="hearing", disable=seconds < LONG_AUDIO) as bar:
         codes = [part.cpu() for part in tokenizer.encode_segments(segments())]
     parts = iter(codes)
     return [torch.cat([next(parts) for _ in range(count)]) for count in counts]

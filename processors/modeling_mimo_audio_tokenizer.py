@@ -46,6 +46,9 @@ ROW_MULTIPLE = 64
 # rows of the wide part of a layer, and of the quantizer, at a time: what they compute with stays in the caches
 MLP_ROWS, QUANTIZER_ROWS = 1024, 512
 
+# blocks of queries of a sliding layer per call, for the same reason
+WINDOW_BLOCKS = 16
+
 
 @auto_docstring(custom_intro="Codes of segments one behind the other.")
 @dataclass
@@ -146,11 +149,13 @@ class MiMoAudioTokenizerAttention(nn.Module):
 
     @staticmethod
     def attend_window(query, key, value, packing: Packing) -> torch.Tensor:
-        """The same with blocks of all segments in one call, in time and memory linear in the rows."""
-        query = query[packing.queries].transpose(1, 2)
-        key, value = (part[packing.keys].transpose(1, 2) for part in (key, value))
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.visible)
-        return output.transpose(1, 2).flatten(0, 1)[packing.places]
+        """The same with blocks of all segments, in time and memory linear in the rows."""
+        outputs = []
+        for rows, seen, visible in zip(*(part.split(WINDOW_BLOCKS) for part in packing[1:4])):
+            states = (query[rows], key[seen], value[seen])
+            states = (part.transpose(1, 2) for part in states)
+            outputs.append(F.scaled_dot_product_attention(*states, attn_mask=visible).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)[packing.places]
 
 
 class MiMoAudioTokenizerLayer(GradientCheckpointingLayer):

@@ -13,9 +13,15 @@ import soundfile
 import torch
 from media import H264, clip
 from transformers import AutoFeatureExtractor, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from modeling_mimo.conversion.random_checkpoint import write_random_checkpoint
-from modeling_mimo.processors import MiMoAudioTokenizer, MiMoV2FeatureExtractor, MiMoV2Processor
+from modeling_mimo.processors import (
+    MiMoAudioTokenizer,
+    MiMoV2FeatureExtractor,
+    MiMoV2Processor,
+    audio_codes_mimo_v2,
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,7 +106,7 @@ def test_codes_are_those_of_extractor_and_tokenizer(folder, processor, sounds):
     assert int((inputs["input_ids"] == processor.audio_token_id).sum()) == -(-frames // 16)
 
 
-@pytest.mark.parametrize("frames", [*range(3, 60, 3), 199, 200])
+@pytest.mark.parametrize("frames", [*range(3, 60, 3), 199, 200, 5999, 6000, 6001, 12001])
 def test_a_token_is_sixteen_frames(processor, frames):
     samples = np.random.default_rng(frames).uniform(-0.5, 0.5, (frames - 1) * 240 + 100).astype(np.float32)
     # the shortest sound that can be reflected has three frames
@@ -297,6 +303,32 @@ def test_the_tokenizer_is_loaded_by_the_first_sound_only(folder, sounds, tmp_pat
     processor(text=AUDIO, audio=sounds / "tone.wav")
     assert processor.audio_tokenizer is processor.audio_codec_source.loaded
     assert processor.audio_tokenizer.to(torch.float32).dtype == torch.float32
+
+
+def test_a_repository_of_the_hub_is_read_like_a_folder(folder, sounds, processor, tmp_path):
+    # what a download leaves in the cache
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--omni"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    where = {"cache_dir": str(tmp_path), "local_files_only": True}
+    tokenizer = MiMoAudioTokenizer.from_pretrained("someone/omni", subfolder="audio_tokenizer", **where)
+    assert tokenizer.config.hidden_size == processor.audio_tokenizer.config.hidden_size
+    hub = AutoProcessor.from_pretrained("someone/omni", **where)
+    assert hub.audio_codec_source.loaded is None
+    (expected,) = processor.get_audio_codes(sounds / "tone.wav")
+    assert torch.equal(hub.get_audio_codes(sounds / "tone.wav")[0], expected)
+
+
+def test_long_sounds_show_their_progress(processor, sounds, monkeypatch, capfd):
+    processor.get_audio_codes(sounds / "tone.wav")
+    assert "hearing" not in capfd.readouterr().err
+    monkeypatch.setattr(audio_codes_mimo_v2, "LONG_AUDIO", 2)
+    # other tests turn bars off
+    logging.enable_progress_bar()
+    processor.get_audio_codes(sounds / "tone.wav")
+    assert "hearing: 100%" in capfd.readouterr().err.replace("|", "")
 
 
 def test_a_saved_processor_finds_the_tokenizer_again(folder, processor, sounds, tmp_path):
