@@ -122,7 +122,9 @@ def encode_sounds(
             for segment in extractor.segments(*sound):
                 counts[-1] += 1
                 yield segment
-                bar.update(round(len(segment) * extractor.hop_length / extractor.sampling_rate, 2))
+                step = round(len(segment) * extractor.hop_length / extractor.sampling_rate, 2)
+                # there is a frame more than whole hops
+                bar.update(step if total is None else min(step, total - bar.n))
 
     with logging.tqdm(total=total, unit="s", desc="hearing", disable=seconds < LONG_AUDIO) as bar:
         codes = [part.cpu() for part in tokenizer.encode_segments(segments())]
