@@ -114,7 +114,7 @@ def encode_sounds(
     counts = []
     seconds = sum(sound.seconds for sound in sounds)
     # without a total it counts up
-    total = round(seconds) if math.isfinite(seconds) else None
+    total = math.ceil(seconds) if math.isfinite(seconds) else None
 
     def segments() -> Iterator[torch.Tensor]:
         for sound in sounds:
@@ -122,9 +122,8 @@ def encode_sounds(
             for segment in extractor.segments(*sound):
                 counts[-1] += 1
                 yield segment
-                step = round(len(segment) * extractor.hop_length / extractor.sampling_rate, 2)
-                # there is a frame more than whole hops
-                bar.update(step if total is None else min(step, total - bar.n))
+                # the last segment may have a frame more than whole hops
+                bar.update(len(segment) * extractor.hop_length // extractor.sampling_rate)
 
     with logging.tqdm(total=total, unit="s", desc="hearing", disable=seconds < LONG_AUDIO) as bar:
         codes = [part.cpu() for part in tokenizer.encode_segments(segments())]
