@@ -43,12 +43,20 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect_target(target) -> dict:
     """The JSON object of `mimo inspect`: totals of `target.tensors`, layout, known release and problems."""
-    from modeling_mimo.checkpoint_mimo_v2 import CheckpointError, check_tensors, find_layout, sum_parts
-    from modeling_mimo.weight_mapping_mimo_v2 import NOT_LOADED_PARTS, released_tensors
+    from modeling_mimo.checkpoint_mimo_v2 import (
+        CheckpointError,
+        check_tensors,
+        find_layout,
+        sum_parts,
+        take_mtp_layers_from_files,
+    )
+    from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
 
     from .releases import Release, match_release
 
     tensors, config = target.tensors, target.config
+    if config is not None:
+        take_mtp_layers_from_files(config, tensors)
     parts = sum_parts(released_tensors(config) if config else {}, tensors)
     dtypes: dict[str, dict[str, int]] = {}
     for info in tensors.values():
@@ -83,11 +91,6 @@ def inspect_target(target) -> dict:
         "dtypes": dtypes,
         "layout": layout,
         "known_release": match_release(totals),
-        "not_loaded": {
-            part: {"tensors": parts[part]["tensors"], "bytes": parts[part]["bytes"]}
-            for part in NOT_LOADED_PARTS
-            if part in parts
-        },
         "problems": problems,
     }
 
@@ -101,8 +104,7 @@ def as_text(result: dict) -> str:
         f"{result['parameters']['total']:,} parameters",
     ]
     for part, sums in result["parts"].items():
-        note = "  known, not loaded" if part in result["not_loaded"] else ""
-        lines.append(f"  {part:<12}{sums['parameters']:>20,}  {sums['tensors']:>7,} tensors{note}")
+        lines.append(f"  {part:<12}{sums['parameters']:>20,}  {sums['tensors']:>7,} tensors")
     for dtype, sums in result["dtypes"].items():
         lines.append(f"  {dtype:<12}{sums['elements']:>20,}  {sums['tensors']:>7,} tensors  {sums['bytes']:,} bytes")
     layout, known = result["layout"], result["known_release"]

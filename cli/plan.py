@@ -96,12 +96,13 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_weights(config, tensors, dtype: str | None) -> dict:
     """Bytes in memory by part, from headers where there are some, else from the table of the config."""
-    from modeling_mimo.checkpoint_mimo_v2 import check_tensors, sum_parts
-    from modeling_mimo.weight_mapping_mimo_v2 import FP8_BLOCK, NOT_LOADED_PARTS, released_tensors
+    from modeling_mimo.checkpoint_mimo_v2 import check_tensors, sum_parts, take_mtp_layers_from_files
+    from modeling_mimo.weight_mapping_mimo_v2 import FP8_BLOCK, released_tensors
 
     quantization = config.to_dict().get("quantization_config") or {}
     layout, fp8 = config.fused_qkv_layout or "chunked", bool(quantization)
     if tensors is not None:
+        take_mtp_layers_from_files(config, tensors)
         report = check_tensors(config, tensors)
         layout, fp8 = report.layout, report.fp8
     dtype = dtype or ("fp8" if fp8 else "bf16")
@@ -122,15 +123,13 @@ def plan_weights(config, tensors, dtype: str | None) -> dict:
     if tensors is not None and dtype == "fp8":
         parts = {part: sums["bytes"] for part, sums in sum_parts(table, tensors).items()}
     for spec in table.values() if dtype == "fp8" else ():
-        if spec.chunks > 1 and spec.part not in NOT_LOADED_PARTS:
+        if spec.chunks > 1:
             padding += spec.chunks * (-(spec.shape[0] // spec.chunks) % FP8_BLOCK) * spec.shape[1]
-    not_loaded = {part: parts.pop(part) for part in NOT_LOADED_PARTS if part in parts}
     return {
         "dtype": dtype,
         "source": "config" if tensors is None else "headers",
         "parts": parts,
         "qkv_padding": padding,
-        "not_loaded": not_loaded,
         "total": sum(parts.values()) + padding,
         "formula": WEIGHTS_FORMULA,
     }
@@ -204,7 +203,6 @@ def as_text(plan: dict) -> str:
     rows = [(f"weights, {weights['dtype']} (from {weights['source']})", weights["total"])]
     rows += [(f"  {part}", size) for part, size in weights["parts"].items()]
     rows += [("  padding of qkv_proj", weights["qkv_padding"])] if weights["qkv_padding"] else []
-    rows += [(f"  not loaded, left out: {part}", size) for part, size in weights["not_loaded"].items()]
     rows += [
         ("KV cache", kv["total"]),
         ("  global layers", kv["full_attention"]),

@@ -160,6 +160,20 @@ class _BufferedCacheLayer(CacheLayerMixin):
         self.total += tokens_to_remove
 
     @_storage_mode()
+    def shift_rows(self, amounts: Sequence[int]) -> None:
+        """Moves what batch row i holds `amounts[i]` slots on: its last tokens go, and as many slots ahead of it hold
+        none of it."""
+        if not any(amounts) or not self.is_initialized:
+            return
+        if self.protected:
+            # a snapshot or fork reads these buffers too
+            self._set_buffers([buffer.clone() for buffer in self.buffers])
+        for rows in self.live_rows():
+            for row, amount in zip(rows, amounts):
+                # clone: source and target slots overlap
+                row[:, amount:] = row[:, : self.stored - amount].clone()
+
+    @_storage_mode()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Batch row i becomes the former row `beam_idx[i]`."""
         selected = []
@@ -467,6 +481,15 @@ class HybridCache(Cache):
         min(layers, key=lambda layer: layer.croppable_tokens()).check_crop(tokens_to_remove)
         for layer in layers:
             layer.crop(tokens_to_remove)
+
+    def shift_rows(self, amounts: Sequence[int]) -> None:
+        """Removes the last `amounts[i]` tokens of batch row i, so that every row still ends in the last slot.
+
+        As many slots ahead of the row hold nothing of it afterwards: the attention mask has to hide them. Exact for
+        rows that lose no more than `max_rollback` tokens together with `crop`, and gain more before they lose again.
+        """
+        for layer in self.layers:
+            layer.shift_rows(amounts)
 
     def snapshot(self) -> CacheSnapshot:
         """Remembers the present state; costs a copy of the sliding windows only. Any number of restores may follow."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import safetensors
 
 from .configuration_mimo_v2 import MiMoV2Config
-from .weight_mapping_mimo_v2 import NOT_LOADED_PARTS, ReleasedTensor, released_tensors
+from .weight_mapping_mimo_v2 import ReleasedTensor, released_tensors
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -298,7 +298,7 @@ class CheckpointReport:
     """What `check_tensors` found: every tensor is known and complete.
 
     `layout` is "chunked" or "plain" (row order of a fused projection) or "split"; `layout_source` says what decided.
-    `not_loaded` counts the tensors per part that this version knows by name and leaves in the files.
+    `not_loaded` counts the tensors per part that the files have and the model leaves there.
     """
 
     layout: str
@@ -315,11 +315,21 @@ class CheckpointReport:
                 f"{part}: {totals['tensors']:,} tensors, {totals['parameters']:,} parameters, "
                 f"{totals['bytes']:,} bytes{note}"
             )
+        if "mtp" not in self.parts:
+            lines.append("no MTP heads in the files")
         return "\n".join(lines)
 
 
+def take_mtp_layers_from_files(config: MiMoV2Config, tensors: dict[str, TensorInfo]) -> None:
+    """Lowers `config.num_mtp_layers` to what the files have, where config.json does not give the number."""
+    found = {name.split(".")[3] for name in tensors if name.startswith("model.mtp.layers.")}
+    # CODEPATH: V2.5, V2.5-Pro and V2-Flash say nothing and have three, re-exports say nothing and may have none
+    if config._assumes_mtp_layers and len(found) < config.num_mtp_layers:
+        config.num_mtp_layers = len(found)
+
+
 def check_tensors(
-    config: MiMoV2Config, tensors: dict[str, TensorInfo], left_out: Collection[str] = NOT_LOADED_PARTS
+    config: MiMoV2Config, tensors: dict[str, TensorInfo], left_out: Collection[str] = ()
 ) -> CheckpointReport:
     """Compares headers with the checkpoint that `config` describes; every tensor must be known and of its shape.
 
@@ -433,6 +443,9 @@ def _hints(config: MiMoV2Config, tensors: dict[str, TensorInfo], left_out: Colle
     expects_audio = config.audio_config is not None and "audio" not in left_out
     if expects_audio and not any(name.startswith(("speech_embeddings.", "audio_encoder.")) for name in tensors):
         return ["hint: the files have no audio encoder: pass audio_config=None to load the model without hearing"]
+    expects_mtp = config.num_mtp_layers > 0 and "mtp" not in left_out
+    if expects_mtp and not any(name.startswith("model.mtp.") for name in tensors):
+        return ["hint: the files have no MTP heads: pass load_mtp=False to load the model without them"]
     for layout, projection in (("fused_qkv", "qkv_proj"), ("split", "q_proj")):
         # names decide; only the first layer is asked, since a mixture is no released form
         if layout != config.attention_projection_layout and f"model.layers.0.self_attn.{projection}.weight" in tensors:
@@ -471,4 +484,5 @@ __all__ = [
     "read_header",
     "read_index",
     "sum_parts",
+    "take_mtp_layers_from_files",
 ]

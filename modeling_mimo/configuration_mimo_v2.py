@@ -152,7 +152,10 @@ class MiMoV2Config(PreTrainedConfig):
     moe_router_dtype (`str`, *optional*, defaults to `"float32"`):
         Dtype of the router's matrix product: `"float32"`, or `"bfloat16"` for V2.6.
     num_mtp_layers (`int`, *optional*, defaults to 3):
-        Multi-token-prediction layers in the checkpoint (released: `num_nextn_predict_layers`, or nothing).
+        Multi-token-prediction layers in the checkpoint (released: `num_nextn_predict_layers`, or nothing). Where
+        nothing is said, files with fewer of them are as good.
+    load_mtp (`bool`, *optional*, defaults to `True`):
+        `False` leaves these layers out of the model.
     vision_config (`MiMoV2VisionConfig` or `dict`, *optional*):
         The vision tower; a text-only model without it.
     audio_config (`MiMoV2AudioConfig` or `dict`, *optional*):
@@ -241,7 +244,7 @@ class MiMoV2Config(PreTrainedConfig):
     routed_scaling_factor: float | int | None = None
     moe_router_dtype: str | None = None
     output_router_logits: bool = False
-    num_mtp_layers: int = 3
+    num_mtp_layers: int | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -262,6 +265,7 @@ class MiMoV2Config(PreTrainedConfig):
     audio_config: MiMoV2AudioConfig | dict[str, Any] | None = None
     processor_config: dict[str, Any] | None = None
     load_towers: bool = True
+    load_mtp: bool = True
 
     def __post_init__(self, **kwargs):
         self._source, self._as_read = None, None
@@ -349,6 +353,10 @@ class MiMoV2Config(PreTrainedConfig):
                 "full_attention": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.334},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334},
             }
+        # a released file that says nothing has three, other files may have fewer; see `take_mtp_layers_from_files`
+        self._assumes_mtp_layers = self.num_mtp_layers is None
+        if self._assumes_mtp_layers:
+            self.num_mtp_layers = 3
         if self.swa_num_key_value_heads is None:
             # as in V2.5 and V2-Flash; Transformers' V2-Flash config has no key for it
             self.swa_num_key_value_heads = self.num_key_value_heads * 2
@@ -468,6 +476,8 @@ class MiMoV2Config(PreTrainedConfig):
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config.validate_consistency()
+        if "num_mtp_layers" in kwargs:
+            config._assumes_mtp_layers = False
         if any(key in source for key in RELEASED_MARKS):
             config._source, config._as_read = source, as_read.to_dict()
         return result
@@ -476,6 +486,7 @@ class MiMoV2Config(PreTrainedConfig):
         """The configuration in the released spelling; a value read from a file and unchanged is written as it was."""
         output = super().to_dict()
         source, as_read = output.pop("_source", None), output.pop("_as_read", None)
+        output.pop("_assumes_mtp_layers", None)
         output["model_type"] = self.model_type
         output = self._write_released_keys(output)
         if source is None:

@@ -14,6 +14,7 @@
 """What `generate` needs to know about MiMo-V2: its cache, its masks, and media that are encoded once."""
 
 import itertools
+from functools import partial
 
 import torch
 from transformers.cache_utils import Cache
@@ -23,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_mimo_v2 import HybridCache
 from .configuration_mimo_v2 import MiMoV2Config
+from .generation_mtp_mimo_v2 import mtp_decoding
 
 
 # modality -> arguments of `forward` that hold its patches or frames, and the sizes of its media
@@ -84,6 +86,36 @@ class MiMoV2GenerationMixin(GenerationMixin):
     """`generate` with a `HybridCache` by default, and with media that are encoded before the prefill."""
 
     create_masks_for_generate = staticmethod(explicit_masks)
+
+    def generate(self, *args, use_mtp: bool | None = None, mtp_depth: int | None = None, **kwargs):
+        """As in Transformers, whose own `use_mtp` chains the heads and feeds them normed states, which MiMo's are not
+        made for.
+
+        Args:
+            use_mtp: draft with the MTP heads of the checkpoint and verify: the same tokens, or the same distribution
+                when sampling, in fewer forwards. Any batch, padded on the left.
+            mtp_depth: drafts per step; None for one of each head.
+
+        Raises:
+            ValueError: as in Transformers, and for what drafting cannot do; see `check_mtp`.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        if use_mtp is None:
+            use_mtp = bool(config.use_mtp)
+        if not use_mtp:
+            if mtp_depth is not None:
+                raise ValueError(f"`mtp_depth`: expected `use_mtp=True` with it, got {mtp_depth!r} alone.")
+            return super().generate(*args, use_mtp=False, **kwargs)
+        for name in ("assistant_model", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}`: expected nothing beside `use_mtp`, got both.")
+        decoding = partial(mtp_decoding, mtp_depth=self.config.num_mtp_layers if mtp_depth is None else mtp_depth)
+        return super().generate(*args, use_mtp=False, custom_generate=decoding, **kwargs)
+
+    def _extract_generation_mode_kwargs(self, custom_generate, *args, **kwargs):
+        # Transformers gives a decoding function of others neither the streamer nor the tokenizer of stop strings
+        is_ours = isinstance(custom_generate, partial) and custom_generate.func is mtp_decoding
+        return super()._extract_generation_mode_kwargs(None if is_ours else custom_generate, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # the default cache of this model; a cache or a cache_implementation that the user names is left alone

@@ -14,6 +14,7 @@
 """The MiMo-V2 model: embeddings, decoder stack, head, and how a checkpoint gets into them."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -31,11 +32,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_mimo_v2 import HybridCache
-from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors
+from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors, take_mtp_layers_from_files
 from .configuration_mimo_v2 import MiMoV2Config
 from .generation_mimo_v2 import MEDIA_INPUTS, MiMoV2GenerationMixin, check_placeholders, explicit_masks
 from .modeling_mimo_v2_audio import GROUPS_PER_STEP, MiMoV2AudioEncoder, MiMoV2SpeechEmbeddings
 from .modeling_mimo_v2_base import MiMoV2RMSNorm
+from .modeling_mimo_v2_mtp import MiMoV2MTP
 from .modeling_mimo_v2_text import (
     MiMoV2Attention,
     MiMoV2DecoderLayer,
@@ -45,7 +47,7 @@ from .modeling_mimo_v2_text import (
 )
 from .modeling_mimo_v2_vision import MiMoV2VisionAttention, MiMoV2VisionModel, MiMoV2VisionRotaryEmbedding
 from .quantization_mimo_v2 import check_scales
-from .weight_mapping_mimo_v2 import NOT_LOADED_PARTS, released_tensors
+from .weight_mapping_mimo_v2 import released_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -55,13 +57,41 @@ SINK_KERNELS = ["flash_attention_4", "kernels-community/vllm-flash-attn3"]
 ATTENTION_CHOICES = ("sdpa", "eager", *SINK_KERNELS)
 
 
+@auto_docstring(custom_intro="MoeModelOutputWithPast with what the MTP heads read.")
+@dataclass
+class MiMoV2ModelOutputWithPast(MoeModelOutputWithPast):
+    r"""
+    pre_norm_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+        Hidden states after the last layer, before the final norm.
+    """
+
+    pre_norm_hidden_state: torch.FloatTensor | None = None
+
+
+@auto_docstring(custom_intro="MoeCausalLMOutputWithPast with what the MTP heads read.")
+@dataclass
+class MiMoV2CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    r"""
+    pre_norm_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+        Hidden states after the last layer, before the final norm; for `output_pre_norm=True`.
+    """
+
+    pre_norm_hidden_state: torch.FloatTensor | None = None
+
+
 @auto_docstring
 class MiMoV2PreTrainedModel(PreTrainedModel):
     config: MiMoV2Config
     base_model_prefix = "model"
     input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MiMoV2DecoderLayer", "MiMoV2VisionBlock", "MiMoV2AudioLayer", "MiMoV2SpeechEmbeddings"]
+    _no_split_modules = [
+        "MiMoV2DecoderLayer",
+        "MiMoV2MTPLayer",
+        "MiMoV2VisionBlock",
+        "MiMoV2AudioLayer",
+        "MiMoV2SpeechEmbeddings",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -93,7 +123,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
         elif isinstance(module, MiMoV2VisionRotaryEmbedding):
             init.copy_(module.inv_freq, module.inverse_frequencies())
         elif isinstance(module, MiMoV2RotaryEmbedding):
-            for layer_type in set(self.config.layer_types):
+            for layer_type in module.layer_types:
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), module.inverse_frequencies(layer_type))
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
@@ -119,7 +149,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
         """As in Transformers, with a warning for the parts of the checkpoint that are not in the saved folder."""
         if self.load_report is not None and self.load_report.not_loaded:
             parts = ", ".join(f"{part} ({count} tensors)" for part, count in self.load_report.not_loaded.items())
-            logger.warning(f"Not in {save_directory}, because this version does not load them: {parts}.")
+            logger.warning(f"Not in {save_directory}, because they were left in the files: {parts}.")
         dtype = self.config.dtype
         super().save_pretrained(save_directory, *args, **kwargs)
         # Transformers leaves the name of the dtype here, which its MTP generation then takes for a dtype
@@ -136,7 +166,11 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
             checkpoint = Checkpoint.from_files(checkpoint_files)
             # the backbone alone, and a model loaded with load_towers=False, have no place for the towers
             text_only = not isinstance(model, MiMoV2ForCausalLM) or not model.config.load_towers
-            left_out = (*NOT_LOADED_PARTS, "vision", "audio") if text_only else NOT_LOADED_PARTS
+            left_out = ("vision", "audio") if text_only else ()
+            if not model.config.load_mtp:
+                left_out = ("mtp", *left_out)
+            take_mtp_layers_from_files(model.config, checkpoint.tensors)
+            model.base_model.drop_missing_mtp_layers()
             report = check_tensors(model.config, checkpoint.tensors, left_out)
             if report.fp8 and load_config.hf_quantizer is None:
                 raise ValueError("`quantization_config`: expected an entry in config.json for FP8 weights, got none.")
@@ -157,7 +191,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
 
 @auto_docstring
 class MiMoV2Model(MiMoV2PreTrainedModel):
-    """Token embeddings, decoder layers and final norm."""
+    """Token embeddings, decoder layers and final norm, and the MTP heads, which `forward` does not run."""
 
     def __init__(self, config: MiMoV2Config):
         super().__init__(config)
@@ -165,12 +199,20 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         self.layers = nn.ModuleList([MiMoV2DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = MiMoV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MiMoV2RotaryEmbedding(config)
+        # CODEPATH: three in every release, none in some re-exports
+        self.mtp = MiMoV2MTP(config) if config.num_mtp_layers > 0 and config.load_mtp else None
         self.gradient_checkpointing = False
         self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         # CODEPATH: V2.6 ships a bfloat16 router and computes it so; the others ship and need float32
         if config.moe_router_dtype == "float32":
             self._keep_in_fp32_modules_strict.append("mlp.gate.weight")
         self.post_init()
+
+    def drop_missing_mtp_layers(self) -> None:
+        """Leaves `config.num_mtp_layers` heads, after the files turned out to have no more."""
+        if self.mtp is not None:
+            del self.mtp.layers[self.config.num_mtp_layers :]
+            self.mtp = self.mtp if len(self.mtp.layers) else None
 
     def layer_masks(
         self,
@@ -240,7 +282,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> MiMoV2ModelOutputWithPast:
         """
         Args:
             input_ids: [B, S] token ids, or `inputs_embeds` [B, S, hidden] instead.
@@ -249,7 +291,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             past_key_values: a `HybridCache` or any Transformers cache; made here when `use_cache` asks for one.
 
         Returns:
-            `last_hidden_state` [B, S, hidden] after the final norm, and the cache.
+            `last_hidden_state` [B, S, hidden] after the final norm, `pre_norm_hidden_state` before it, and the cache.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask of another shape; a cache of
@@ -279,8 +321,10 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        return MiMoV2ModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            pre_norm_hidden_state=hidden_states,
         )
 
 
@@ -422,8 +466,9 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_pre_norm: bool = False,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MiMoV2CausalLMOutputWithPast:
         """
         Text arguments that are not listed are those of `MiMoV2Model.forward`.
 
@@ -436,6 +481,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
             mm_encoder_outputs: "image", "video" and "audio" features encoded before, instead of pixels and codes.
             labels: [B, S] token ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits for the last n positions only (0: all), or for these positions.
+            output_pre_norm (`bool`, *optional*, defaults to `False`): return `pre_norm_hidden_state` as well.
 
         Returns:
             `logits`, `loss` for `labels`, and the cache.
@@ -471,13 +517,14 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
+        return MiMoV2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            pre_norm_hidden_state=outputs.pre_norm_hidden_state if output_pre_norm else None,
         )
 
 

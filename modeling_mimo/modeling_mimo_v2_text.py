@@ -52,7 +52,9 @@ class MiMoV2RotaryEmbedding(nn.Module):
     def __init__(self, config: MiMoV2Config):
         super().__init__()
         self.config = config
-        for layer_type in sorted(set(config.layer_types)):
+        # the MTP heads are sliding layers, whatever the trunk has
+        self.layer_types = sorted({*config.layer_types, "sliding_attention"})
+        for layer_type in self.layer_types:
             self.register_buffer(f"{layer_type}_inv_freq", self.inverse_frequencies(layer_type), persistent=False)
 
     def inverse_frequencies(self, layer_type: str) -> torch.Tensor:

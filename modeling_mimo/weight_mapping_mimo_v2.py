@@ -18,21 +18,18 @@ from .configuration_mimo_v2_vision import MiMoV2VisionConfig
 # rows and columns of one FP8 scale block in every release
 FP8_BLOCK = 128
 
-# parts of a checkpoint that this version of the package has no modules for: known by name, left in the files
-NOT_LOADED_PARTS = ("mtp",)
-
 
 class ReleasedTensor(NamedTuple):
     """One weight of a released checkpoint.
 
     `quantized` says that it is FP8 in the FP8 releases, with a `<name>_scale_inv` beside it; `chunks` is the number
     of row groups its scale blocks are counted in (the TP shards of a fused projection, else 1). `target` is the
-    parameter it is loaded into, None for a part without modules.
+    parameter it is loaded into.
     """
 
     shape: tuple[int, ...]
     part: str
-    target: str | None
+    target: str
     quantized: bool = False
     chunks: int = 1
 
@@ -152,13 +149,13 @@ def _mtp_tensors(config: MiMoV2Config, layout: str) -> Iterator[tuple[str, Relea
     geometry = config.attention_geometry("sliding_attention")
     for index in range(config.num_mtp_layers):
         layer = f"model.mtp.layers.{index}"
-        tensors = dict(_attention_tensors(f"{layer}.self_attn", config, geometry, layout, "mtp"))
-        tensors.update(_mlp_tensors(f"{layer}.mlp", hidden, config.intermediate_size, "mtp"))
-        tensors[f"{layer}.eh_proj.weight"] = ReleasedTensor((hidden, 2 * hidden), "mtp", None)
+        yield from _attention_tensors(f"{layer}.self_attn", config, geometry, layout, "mtp")
+        yield from _mlp_tensors(f"{layer}.mlp", hidden, config.intermediate_size, "mtp")
+        name = f"{layer}.eh_proj.weight"
+        yield name, ReleasedTensor((hidden, 2 * hidden), "mtp", name)
         for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
-            tensors[f"{layer}.{norm}.weight"] = ReleasedTensor((hidden,), "mtp", None)
-        for name, tensor in tensors.items():
-            yield name, tensor._replace(target=None)
+            name = f"{layer}.{norm}.weight"
+            yield name, ReleasedTensor((hidden,), "mtp", name)
 
 
 def _vision_tensors(vision: MiMoV2VisionConfig) -> Iterator[tuple[str, ReleasedTensor]]:

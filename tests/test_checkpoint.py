@@ -16,10 +16,11 @@ from modeling_mimo.checkpoint_mimo_v2 import (
     TensorInfo,
     check_tensors,
     read_header,
+    take_mtp_layers_from_files,
 )
 from modeling_mimo.cli.releases import shipped_config, shipped_manifest
 from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
-from modeling_mimo.weight_mapping_mimo_v2 import NOT_LOADED_PARTS, released_tensors
+from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
 
 
 GLOBAL_QKV = "model.layers.0.self_attn.qkv_proj.weight"
@@ -303,8 +304,8 @@ def test_complete_checkpoints(fp8, projection):
     tensors = tensors_of(config, fp8=fp8)
     report = check_tensors(config, tensors)
     assert report.fp8 is fp8
-    mtp = sum(name.startswith("model.mtp.") for name in tensors)
-    assert report.not_loaded == ({"mtp": mtp} if "mtp" in NOT_LOADED_PARTS else {})
+    assert report.not_loaded == {}
+    assert "no MTP heads" not in str(report)
     assert sum(part["tensors"] for part in report.parts.values()) == len(tensors)
     assert sum(part["bytes"] for part in report.parts.values()) == sum(info.nbytes for info in tensors.values())
     weights = released_tensors(config).values()
@@ -399,20 +400,45 @@ def test_a_scale_without_fp8_is_unknown():
         check_tensors(config, tensors)
 
 
-@pytest.mark.parametrize("part", NOT_LOADED_PARTS)
-def test_a_part_without_modules_is_missing_as_a_whole_or_not_at_all(part):
+@pytest.mark.parametrize("part", ["mtp", "vision", "audio"])
+def test_a_part_that_is_left_out_is_missing_as_a_whole_or_not_at_all(part):
     config, tensors = v2_5()[0], dict(v2_5()[1])
     names = [name for name, spec in released_tensors(config).items() if spec.part == part and not spec.quantized]
+    assert check_tensors(config, tensors, (part,)).not_loaded.keys() == {part}
     prefixes = {"mtp": "model.mtp.", "vision": "visual.", "audio": ("audio_encoder.", "speech_embeddings.")}
     without = {name: value for name, value in tensors.items() if not name.startswith(prefixes[part])}
     assert len(without) < len(tensors)
-    assert part not in check_tensors(config, without).parts
+    report = check_tensors(config, without, (part,))
+    assert part not in report.parts
+    assert report.not_loaded == {}
+    with pytest.raises(ValueError, match=r"missing .*hint: "):
+        check_tensors(config, without)
     del tensors[names[0]]
     with pytest.raises(ValueError, match=rf"missing \(1\): {names[0]}$"):
-        check_tensors(config, tensors)
+        check_tensors(config, tensors, (part,))
     tensors[names[0]] = info("BF16", (1, 2, 3))
     with pytest.raises(ValueError, match=r"mis-shaped .* \(1\): "):
-        check_tensors(config, tensors)
+        check_tensors(config, tensors, (part,))
+
+
+@pytest.mark.parametrize(
+    ("said", "in_files", "taken"), [(None, 0, 0), (None, 2, 2), (None, 3, 3), (None, 4, 3), (2, 1, 2), (0, 3, 0)]
+)
+def test_files_decide_how_many_heads_there_are_where_the_config_is_silent(said, in_files, taken):
+    config, tensors = tiny_config(num_mtp_layers=said), tensors_of(tiny_config(num_mtp_layers=in_files))
+    take_mtp_layers_from_files(config, tensors)
+    assert config.num_mtp_layers == taken
+    if taken == in_files:
+        report = check_tensors(config, tensors)
+        assert ("no MTP heads in the files" in str(report)) == (in_files == 0)
+    else:
+        with pytest.raises(ValueError, match=r"(missing|unknown) \(\d+\): model\.mtp\."):
+            check_tensors(config, tensors)
+
+
+def test_files_without_heads_of_a_config_that_has_some():
+    with pytest.raises(ValueError, match=r"hint: the files have no MTP heads: pass load_mtp=False"):
+        check_tensors(tiny_config(num_mtp_layers=1), tensors_of(tiny_config(num_mtp_layers=0)))
 
 
 def test_mxfp4_experts_are_an_honest_gap():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from modeling_mimo.cli.main import SUBCOMMANDS, main
 from modeling_mimo.cli.releases import DATA, shipped_manifest
@@ -170,6 +170,20 @@ def test_a_small_folder(folder, capsys):
     assert found["layout"] == {"found": "chunked", "source": "released rule (shapes do not decide)"}
     assert found["bytes"] == 2 * found["parameters"]["total"] == found["dtypes"]["BF16"]["bytes"]
     assert found["parts"]["router"]["tensors"] == 2
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_a_small_folder_without_draft_heads(folder, capsys, is_said):
+    """Missing heads are a problem only where config.json says that there are some."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    if not is_said:
+        del config["num_nextn_predict_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.mtp.")}
+    save_file(rest, folder / "model.safetensors")
+    status, found = inspect_json(capsys, folder)
+    assert status == int(is_said)
+    assert any("pass load_mtp=False" in line for line in found["problems"]) == is_said
 
 
 def test_problems_exit_with_1_and_still_print_the_rest(folder, capsys):

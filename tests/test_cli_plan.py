@@ -9,7 +9,7 @@ from modeling_mimo.cli.main import main
 from modeling_mimo.cli.plan import parse_tokens, plan_activations, plan_kv, verdict
 from modeling_mimo.cli.releases import DATA, RELEASES, shipped_config
 from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
-from modeling_mimo.weight_mapping_mimo_v2 import NOT_LOADED_PARTS, released_tensors
+from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
 
 
 GIB = 2**30
@@ -54,11 +54,11 @@ def test_kv_scales_with_batch_and_context_where_it_should():
 def test_fp8_weights_of_v2_5(capsys):
     weights = plan_json(capsys, "MiMo-V2.5")["weights"]
     assert (weights["dtype"], weights["source"]) == ("fp8", "headers")
-    assert sum(weights["parts"].values()) + sum(weights["not_loaded"].values()) == 315_031_102_208
+    assert sum(weights["parts"].values()) == 315_031_102_208
     # 9 global layers, 4 chunks of 3392 rows that become 3456, 4096 columns
     assert weights["qkv_padding"] == 9 * 4 * 64 * 4096
     assert weights["total"] == sum(weights["parts"].values()) + weights["qkv_padding"]
-    assert set(weights["not_loaded"]) == set(NOT_LOADED_PARTS)
+    assert weights["parts"]["mtp"] == 1_189_400_448
     assert weights["parts"]["experts"] == 302_795_194_368 + 4 * 302_795_194_368 // 128**2
 
 
@@ -75,18 +75,16 @@ def test_dequantized_weights_with_an_fp32_router(capsys, dtype, width):
     weights = plan_json(capsys, "MiMo-V2-Flash", "--dtype", dtype)["weights"]
     assert weights["qkv_padding"] == 0
     assert weights["parts"]["router"] == 4 * 49_295_104
-    everything = weights["total"] + sum(weights["not_loaded"].values())
-    assert everything == width * 309_766_601_088 + (4 - width) * 49_295_104
+    assert weights["total"] == width * 309_766_601_088 + (4 - width) * 49_295_104
 
 
 def test_pro_is_planned_from_its_config(capsys):
     plan = plan_json(capsys, "MiMo-V2.5-Pro")
     weights = plan["weights"]
     assert weights["source"] == "config"
-    stored = sum(weights["parts"].values()) + sum(weights["not_loaded"].values())
-    assert stored == RELEASES["MiMo-V2.5-Pro"].bytes
-    # all 70 layers have 8 chunks of 3392 rows
-    assert weights["qkv_padding"] == 70 * 8 * 64 * 6144
+    assert sum(weights["parts"].values()) == RELEASES["MiMo-V2.5-Pro"].bytes
+    # all 70 layers and 3 heads have 8 chunks of 3392 rows
+    assert weights["qkv_padding"] == 73 * 8 * 64 * 6144
     assert plan["context"] == 1_048_576
 
 
@@ -164,6 +162,11 @@ def test_a_small_folder_with_files(tmp_path, capsys):
     assert (plan["weights"]["dtype"], plan["weights"]["source"]) == ("bf16", "headers")
     assert plan["weights"]["total"] == 2 * sum(math.prod(spec.shape) for spec in table.values())
     assert plan["verdict"].startswith("fits ")
+    # files without draft heads need no word about it in config.json
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["num_nextn_predict_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert plan_json(capsys, tmp_path, "--context", "1K")["weights"] == plan["weights"]
     assert main(["plan", str(tmp_path), "--dtype", "fp8"]) == 2
     assert "--dtype: expected bf16, fp16 or fp32" in capsys.readouterr().err
     # an incomplete folder is not planned

@@ -70,7 +70,7 @@ def assert_same_file(got, expected):
 
 
 def attributes(config):
-    hidden = ("_source", "_as_read", "_name_or_path", "transformers_version", "_commit_hash")
+    hidden = ("_source", "_as_read", "_assumes_mtp_layers", "_name_or_path", "transformers_version", "_commit_hash")
     return {key: value for key, value in config.__dict__.items() if key not in hidden}
 
 
@@ -100,6 +100,26 @@ def test_v2_5():
     assert config.audio_config.audio_channels == 20
     assert (config.audio_token_id, config.audio_start_token_id, config.audio_end_token_id) == (151669, 151673, 151674)
     assert config.processor_config["patch_size"] == 16
+
+
+@pytest.mark.parametrize(("name", "is_in_file"), [("MiMo-V2.5", False), ("MiMo-V2.6-Flash-RL", True)])
+def test_the_number_of_heads_is_written_only_where_it_was(name, is_in_file, tmp_path):
+    assert ("num_nextn_predict_layers" in read(DATA / name)) == is_in_file
+    config = MiMoV2Config.from_pretrained(DATA / name)
+    written = saved(config, tmp_path)
+    assert ("num_nextn_predict_layers" in written) == is_in_file
+    assert "load_mtp" not in written
+    # what the files decided is written
+    config.num_mtp_layers = 1
+    assert saved(config, tmp_path)["num_nextn_predict_layers"] == 1
+    assert MiMoV2Config.from_pretrained(tmp_path).num_mtp_layers == 1
+
+
+def test_a_config_without_loaded_heads_is_saved_as_one(tmp_path):
+    config = MiMoV2Config.from_pretrained(DATA / "MiMo-V2.5", load_mtp=False)
+    assert saved(config, tmp_path)["load_mtp"] is False
+    again = MiMoV2Config.from_pretrained(tmp_path)
+    assert (again.load_mtp, again.num_mtp_layers) == (False, 3)
 
 
 def test_pro():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from audio_reference import audio_features
+from mtp_reference import draft_logits
 from reference import dequantize, reference_logits, reference_weights, split_qkv
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -69,9 +71,7 @@ def weights_by_name(folder, layout):
     # the page adds parts of a fused projection, of which there are some in the text model alone
     derived = () if layout == "split" else (".q_proj.weight", ".k_proj.weight", ".v_proj.weight")
     return {
-        name: weight
-        for name, weight in weights.items()
-        if ".mtp." not in name and not (name.startswith("model.") and name.endswith(derived))
+        name: weight for name, weight in weights.items() if not (name.startswith("model.") and name.endswith(derived))
     }
 
 
@@ -96,6 +96,15 @@ def ids_for(model):
 @torch.no_grad()
 def logits(model):
     return model(ids_for(model)).logits
+
+
+@torch.no_grad()
+def draft_states(model):
+    """[heads, B, S, hidden] of all MTP heads for states that no trunk has made."""
+    embeddings, hidden = torch.randn(2, 2, 30, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    embeddings, hidden = embeddings.to(model.dtype), hidden.to(model.dtype)
+    rotary = model.model.rotary_emb(hidden, torch.arange(30)[None], "sliding_attention")
+    return torch.stack([head(embeddings, hidden, position_embeddings=rotary) for head in model.model.mtp.layers])
 
 
 # Loading ----------------------------------------------------------------------------------------------------------
@@ -167,15 +176,16 @@ def test_the_layout_is_detected_and_reported(checkpoints, name):
     report = load(checkpoints[name]).load_report
     assert report.layout == LAYOUT_OF[name]
     assert report.fp8 == name.startswith("fp8")
+    # 8 layers and 3 heads
     source = {"chunked": "scale grid of 11 layers", "plain": "scale grid of 11 layers", "split": "separate q/k/v"}
     # bf16 rows look the same either way
     expected = source[report.layout] if report.fp8 else "released rule"
     assert report.layout_source.startswith(expected)
-    assert report.not_loaded.keys() == {"mtp"}
+    assert report.not_loaded == {}
     text = str(report)
     assert f"layout: {report.layout}" in text
     assert "mtp: " in text
-    assert "(known, not loaded)" in text
+    assert "not loaded" not in text
 
 
 def test_plain_bf16_files_need_to_be_told(tmp_path):
@@ -224,10 +234,14 @@ def test_device_maps(checkpoints, option):
 
 def test_layers_offloaded_to_disk(checkpoints, tmp_path):
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.mtp.layers.0": "cpu", "model.mtp.layers.1": "disk", "model.mtp.layers.2": "cpu"}
     device_map |= {f"model.layers.{index}": "disk" if index in (2, 5) else "cpu" for index in range(8)}
     model = load(checkpoints["fp8_fused"], device_map=device_map, offload_folder=tmp_path)
     assert model.model.layers[2].self_attn.qkv_proj.weight.device.type == "meta"
-    assert torch.equal(logits(model), logits(load(checkpoints["fp8_fused"])))
+    assert model.model.mtp.layers[1].eh_proj.weight.device.type == "meta"
+    whole = load(checkpoints["fp8_fused"])
+    assert torch.equal(logits(model), logits(whole))
+    assert torch.equal(draft_states(model), draft_states(whole))
 
 
 # FP8 kept in memory -----------------------------------------------------------------------------------------------
@@ -237,7 +251,9 @@ def test_layers_offloaded_to_disk(checkpoints, tmp_path):
 @pytest.mark.parametrize("name", FP8_NAMES)
 def test_resident_equals_dequantized(checkpoints, name, dtype):
     model = resident(checkpoints[name], dtype=dtype)
-    assert torch.equal(logits(model), logits(load(checkpoints[name], dtype=dtype)))
+    dequantized = load(checkpoints[name], dtype=dtype)
+    assert torch.equal(logits(model), logits(dequantized))
+    assert torch.equal(draft_states(model), draft_states(dequantized))
     assert any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters())
 
 
@@ -245,7 +261,7 @@ def test_resident_equals_dequantized(checkpoints, name, dtype):
 def test_resident_takes_the_memory_of_its_files(checkpoints, name):
     model = resident(checkpoints[name])
     report = model.load_report
-    loaded = sum(totals["bytes"] for part, totals in report.parts.items() if part not in report.not_loaded)
+    loaded = sum(totals["bytes"] for totals in report.parts.values())
     assert loaded <= model.get_memory_footprint() <= 1.1 * loaded
     assert load(checkpoints[name]).get_memory_footprint() > 1.3 * loaded
 
@@ -255,7 +271,7 @@ def test_resident_saves_what_the_files_hold(checkpoints, name, tmp_path):
     model = resident(checkpoints[name])
     model.save_pretrained(tmp_path)
     before, after = read_tensors(checkpoints[name]), read_tensors(tmp_path)
-    assert after.keys() == {key for key in before if ".mtp." not in key}
+    assert after.keys() == before.keys()
     assert [key for key in after if not same_bits(before[key], after[key])] == []
     assert read_json(tmp_path)["quantization_config"] == read_json(checkpoints[name])["quantization_config"]
     assert read_json(tmp_path)["quantization_config"]["quant_method"] == "fp8"
@@ -273,8 +289,19 @@ def test_modules_for_hopper_kernels_are_filled_and_saved(checkpoints, name, tmp_
     model = load(checkpoints[name])
     layer = model.model.layers[1]
     assert type(layer.mlp.experts) is FP8Experts
-    projections = [child for child in layer.self_attn.children() if isinstance(child, FP8Linear)]
-    assert len(projections) == (3 if name == "fp8_split" else 1)
+    head = model.model.mtp.layers[2]
+    assert [type(part) for part in (head.mlp.down_proj, head.eh_proj, head.self_attn.o_proj)] == [
+        FP8Linear,
+        torch.nn.Linear,
+        torch.nn.Linear,
+    ]
+    projections = [
+        child
+        for attention in (layer.self_attn, head.self_attn)
+        for child in attention.children()
+        if isinstance(child, FP8Linear)
+    ]
+    assert len(projections) == (6 if name == "fp8_split" else 2)
     for projection in projections:
         rows, columns = projection.weight.shape
         assert projection.weight_scale_inv.shape == (-(-rows // 128), -(-columns // 128))
@@ -289,7 +316,7 @@ def test_modules_for_hopper_kernels_are_filled_and_saved(checkpoints, name, tmp_
         assert torch.equal(fused.unflatten(0, (2, -1))[:, : chunks.shape[1]], chunks)
     model.save_pretrained(tmp_path)
     before, after = read_tensors(checkpoints[name]), read_tensors(tmp_path)
-    assert after.keys() == {key for key in before if ".mtp." not in key}
+    assert after.keys() == before.keys()
     assert [key for key in after if not same_bits(before[key], after[key])] == []
 
 
@@ -311,7 +338,7 @@ def test_resident_generates_the_same_tokens(checkpoints):
 def test_save_and_load_bit_for_bit_under_the_released_names(checkpoints, name, dtype, tmp_path):
     model = load(checkpoints[name], dtype=dtype)
     model.save_pretrained(tmp_path)
-    released = {key for key in read_tensors(checkpoints[name]) if ".mtp." not in key}
+    released = read_tensors(checkpoints[name]).keys()
     assert read_tensors(tmp_path).keys() == {key for key in released if not key.endswith("_scale_inv")}
     again, info = load(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(info.values())
@@ -335,7 +362,7 @@ def test_a_model_made_from_a_config_is_saved_in_the_released_form(layout, tmp_pa
     model = tiny_model(**SMALL, **LAYOUTS[layout])
     model.save_pretrained(tmp_path)
     got, expected = read_tensors(tmp_path), released_state(model)
-    assert got.keys() == expected.keys() == released_tensors(model.config).keys() - mtp_names(model.config)
+    assert got.keys() == expected.keys() == released_tensors(model.config).keys()
     assert [key for key in got if not same_bits(got[key], expected[key].contiguous())] == []
     assert_same_state(load(tmp_path), model)
 
@@ -347,10 +374,6 @@ def test_tied_embeddings_are_saved_once(tmp_path):
     again = load(tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert_same_state(again, model)
-
-
-def mtp_names(config):
-    return {name for name, tensor in released_tensors(config).items() if tensor.part == "mtp"}
 
 
 # Broken checkpoints -----------------------------------------------------------------------------------------------
@@ -597,13 +620,6 @@ def test_mxfp4_experts_are_an_honest_gap(broken):
         load(broken)
 
 
-def test_the_draft_layers_may_be_left_out(broken):
-    names = [name for name in read_json(broken, INDEX)["weight_map"] if ".mtp." in name]
-    (broken / "model_mtp.safetensors").unlink()
-    set_index(broken, lambda weight_map: [weight_map.pop(name) for name in names])
-    assert load(broken).load_report.not_loaded == {}
-
-
 # The released sizes -----------------------------------------------------------------------------------------------
 
 
@@ -678,6 +694,16 @@ def test_the_base_model_leaves_the_tower_in_the_files(checkpoints):
     assert {"vision", "audio"} <= base.load_report.not_loaded.keys()
 
 
+@pytest.mark.parametrize("mode", [load, resident])
+def test_a_loaded_model_hears_what_the_naive_page_says(checkpoints, mode):
+    model = mode(checkpoints["fp8_omni"], dtype=torch.float32)
+    config = read_json(checkpoints["fp8_omni"])["audio_config"]
+    weights = {name: part.float() for name, part in read_tensors(checkpoints["fp8_omni"]).items()}
+    audios = [torch.randint(0, int(config["speech_zeroemb_idx"]), (n, config["audio_channels"])) for n in (3, 9)]
+    features = model.get_audio_features(torch.cat(audios), torch.tensor([3, 9])).pooler_output
+    assert_near(torch.cat(features), torch.cat(audio_features(audios, config, weights)))
+
+
 def without(checkpoint, folder, prefixes):
     """A copy of `checkpoint` in which no tensor begins with one of `prefixes`."""
     shutil.copytree(checkpoint, folder)
@@ -714,3 +740,113 @@ def test_a_tower_without_one_tensor_is_refused(checkpoints, tmp_path, name):
     rewrite(folder, name, lambda tensor: None)
     with pytest.raises(ValueError, match=rf"missing \(1\): {name}$"):
         load(folder)
+
+
+# MTP heads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draft_logits_of_a_loaded_model_equal_the_naive_page(checkpoints, name):
+    config = read_json(checkpoints[name])
+    layout = "plain" if LAYOUT_OF[name] == "plain" else "chunked"
+    weights = reference_weights(read_tensors(checkpoints[name]), config, qkv_layout=layout)
+    model, ids = load(checkpoints[name], dtype=torch.float32), token_ids(1, 30)
+    with torch.no_grad():
+        hidden = model.model(ids).pre_norm_hidden_state
+        for index, head in enumerate(model.model.mtp.layers):
+            later = model.model.embed_tokens(ids[:, 1 + index :])
+            rotary = model.model.rotary_emb(later, torch.arange(later.shape[1])[None], "sliding_attention")
+            got = model.lm_head(head(later, hidden[:, : later.shape[1]], position_embeddings=rotary))[0]
+            assert_near(got, draft_logits(weights, config, ids[0], hidden[0], index))
+
+
+@pytest.mark.parametrize("mode", [load, resident])
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModel])
+def test_no_heads_are_loaded_where_none_are_wanted(checkpoints, mode, auto_class, tmp_path):
+    quantization = {"quantization_config": MiMoV2FP8Config(dequantize=False)} if mode is resident else {}
+    model = auto_class.from_pretrained(checkpoints["fp8_fused"], load_mtp=False, **quantization)
+    whole = mode(checkpoints["fp8_fused"])
+    assert model.base_model.mtp is None
+    names = [name for name in read_tensors(checkpoints["fp8_fused"]) if name.startswith("model.mtp.")]
+    assert model.load_report.not_loaded == {"mtp": len(names)}
+    assert "(known, not loaded)" in str(model.load_report)
+    expected = {key: part for key, part in whole.base_model.state_dict().items() if not key.startswith("mtp.")}
+    got = model.base_model.state_dict()
+    assert got.keys() == expected.keys()
+    assert [key for key in got if not same_bits(got[key], expected[key])] == []
+
+
+def test_a_folder_saved_without_heads_remembers(checkpoints, tmp_path):
+    model = load(checkpoints["fp8_fused"], load_mtp=False)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.model.mtp is None
+    assert again.load_report.not_loaded == {}
+    assert "no MTP heads in the files" in str(again.load_report)
+    assert_same_state(again, model)
+
+
+@pytest.fixture
+def silent(checkpoints, tmp_path):
+    """A release, whose config does not give the number of heads, to take heads from."""
+    folder = Path(shutil.copytree(checkpoints["fp8_fused"], tmp_path / "silent"))
+    assert "num_nextn_predict_layers" not in read_json(folder)
+    return folder
+
+
+def drop(folder, prefix):
+    names = [name for name in read_json(folder, INDEX)["weight_map"] if name.startswith(prefix)]
+    path = folder / "model_mtp.safetensors"
+    rest = {name: tensor for name, tensor in read_file(path).items() if name not in names}
+    if rest:
+        save_file(rest, path)
+    else:
+        path.unlink()
+    set_index(folder, lambda weight_map: [weight_map.pop(name) for name in names])
+    return folder
+
+
+@pytest.mark.parametrize("device_map", [None, "auto"])
+@pytest.mark.parametrize("mode", [load, resident])
+def test_files_without_heads_of_a_silent_config_give_a_model_without(silent, checkpoints, tmp_path, mode, device_map):
+    model, info = mode(drop(silent, "model.mtp."), device_map=device_map, output_loading_info=True)
+    assert not any(info.values())
+    assert model.model.mtp is None
+    assert model.config.num_mtp_layers == 0
+    assert "no MTP heads in the files" in str(model.load_report)
+    assert torch.equal(logits(model), logits(mode(checkpoints["fp8_fused"])))
+    assert AutoModel.from_pretrained(silent).mtp is None
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_state(mode(tmp_path / "saved"), model)
+    assert load(silent, load_mtp=False).model.mtp is None
+
+
+@pytest.mark.parametrize("mode", [load, resident])
+def test_files_with_fewer_heads_of_a_silent_config_give_as_many(silent, checkpoints, tmp_path, mode):
+    model, info = mode(drop(silent, "model.mtp.layers.2."), output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.num_mtp_layers == len(model.model.mtp.layers) == 2
+    assert torch.equal(draft_states(model), draft_states(mode(checkpoints["fp8_fused"]))[:2])
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_state(mode(tmp_path / "saved"), model)
+
+
+def test_files_without_heads_of_a_config_that_has_some_are_refused(silent):
+    drop(silent, "model.mtp.")
+    write_json(silent, {**read_json(silent), "num_nextn_predict_layers": 3})
+    with pytest.raises(ValueError, match=r"missing \(36\): model\.mtp\..*pass load_mtp=False"):
+        load(silent)
+    assert load(silent, load_mtp=False).model.mtp is None
+
+
+def test_an_override_of_the_number_of_heads_is_as_good_as_the_config(silent):
+    drop(silent, "model.mtp.")
+    with pytest.raises(ValueError, match=r"missing \(36\): model\.mtp\."):
+        load(silent, num_mtp_layers=3)
+
+
+@pytest.mark.parametrize("name", ["model.mtp.layers.0.eh_proj.weight", "model.mtp.layers.2.self_attn.o_proj.weight"])
+def test_a_head_without_one_tensor_is_refused(silent, name):
+    rewrite(silent, name, lambda tensor: None)
+    with pytest.raises(ValueError, match=rf"missing \(1\): {name}$"):
+        load(silent)

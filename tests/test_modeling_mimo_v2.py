@@ -516,7 +516,8 @@ def test_gradients_reach_every_parameter():
     # every expert is chosen
     model = tiny_model(**SMALL, num_experts_per_tok=8)
     got = gradients(model, input_ids=token_ids())
-    assert got.keys() == dict(model.named_parameters()).keys()
+    # the trunk does not run the MTP heads
+    assert got.keys() == {name for name, _ in model.named_parameters() if ".mtp." not in name}
     for name, gradient in got.items():
         assert torch.isfinite(gradient).all(), name
         assert gradient.abs().max() > 1e-7, name
@@ -545,7 +546,8 @@ def test_gradients_equal_those_of_the_naive_page(small):
     names = [
         name
         for name in weights
-        if name.endswith(
+        if ".mtp." not in name
+        and name.endswith(
             ("q_proj.weight", "attention_sink_bias", "mlp.gate.weight", "norm.weight", "experts.0.up_proj.weight")
         )
     ]

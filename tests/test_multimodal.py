@@ -203,13 +203,16 @@ def test_gradients_reach_the_tower_and_the_text(model):
     model.zero_grad()
     model(**inputs, labels=labels).loss.backward()
     got = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    silent = [name for name in dict(model.named_parameters()) if name not in got or not got[name].abs().max() > 0]
+    # the MTP heads do not run
+    names = [name for name, _ in model.named_parameters() if ".mtp." not in name]
+    silent = [name for name in names if name not in got or not got[name].abs().max() > 0]
     # experts that no token chose have no gradient of their own: stacked tensors always have some
     assert silent == []
     model.zero_grad()
     model(inputs_embeds=embedded(model, inputs), labels=labels).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert_near(got[name], parameter.grad, 1e-5)
+    parameters = dict(model.named_parameters())
+    for name in names:
+        assert_near(got[name], parameters[name].grad, 1e-5)
     model.zero_grad()
 
 
@@ -484,7 +487,8 @@ def test_gradients_reach_every_part(omni):
     omni.zero_grad()
     omni(**inputs, labels=inputs["input_ids"]).loss.backward()
     silent = [name for name, part in omni.named_parameters() if part.grad is None or not part.grad.abs().max() > 0]
-    assert silent == []
+    # the MTP heads do not run
+    assert [name for name in silent if ".mtp." not in name] == []
     omni.zero_grad()
 
 

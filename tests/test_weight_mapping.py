@@ -64,6 +64,16 @@ def test_parts_of_v2_5_as_published():
     assert scales == {"main": 18_669_312, "mtp": 48_000}
 
 
+@pytest.mark.parametrize("name", shipped_names())
+def test_heads_are_loaded_under_their_released_names(name):
+    heads = {tensor: spec for tensor, spec in released_tensors(shipped_config(name)).items() if spec.part == "mtp"}
+    assert all(spec.target == tensor for tensor, spec in heads.items())
+    assert {tensor.rsplit(".", 1)[0].split(".", 4)[4] for tensor, spec in heads.items() if not spec.quantized} == {
+        *("enorm", "hnorm", "eh_proj", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"),
+        *("self_attn.o_proj", "self_attn"),
+    }
+
+
 @pytest.mark.parametrize(("layout", "rows"), [("chunked", 108), ("plain", 106)])
 def test_scale_rows_of_a_global_layer(layout, rows):
     table = released_tensors(shipped_config("MiMo-V2.5"), layout)

@@ -1,0 +1,376 @@
+# Copyright 2026 The modeling-mimo authors.
+#
+# Licensed under the MIT License (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     https://opensource.org/license/mit
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`generate(use_mtp=True)`: the draft heads propose up to three tokens, one forward of the trunk verifies them all."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .cache_mimo_v2 import HybridCache
+from .drafting_mimo_v2 import DraftHeads, TrunkStates
+
+
+@dataclass
+class MTPStats:
+    """What drafting brought.
+
+    proposed, accepted: drafts per head. forwards: of the trunk, the prefill included. tokens: generated in all rows.
+    seconds: in "draft", "verify" (forwards of the trunk, the prefill included) and "other". rows: of each row
+    `proposed`, `accepted`, `tokens` and `forwards` that verified drafts of it.
+    """
+
+    proposed: list[int]
+    accepted: list[int]
+    forwards: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "other": 0.0})
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens of a row per forward that verified it, the trunk's own token included."""
+        return 1 + sum(self.accepted) / max(1, sum(row["forwards"] for row in self.rows))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / max(1, self.forwards)
+
+    @contextmanager
+    def timed(self, part: str):
+        """Seconds inside count as `part`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+
+@dataclass
+class MTPGenerateOutput(GenerateDecoderOnlyOutput):
+    mtp_stats: MTPStats | None = None
+
+
+class Row:
+    """One sequence while it grows: its ids as `generate` knows them, and what is reported of each new token."""
+
+    def __init__(self, ids: torch.Tensor, heads: int):
+        self.ids = ids
+        self.scores, self.logits = [], []
+        self.finished = False
+        self.counts = {"proposed": [0] * heads, "accepted": [0] * heads, "tokens": 0, "forwards": 0}
+
+
+class Chooser:
+    """How tokens are chosen: the trunk's distribution after all logits processors, greedily or by sampling."""
+
+    def __init__(self, logits_processor, do_sample: bool):
+        self.logits_processor, self.do_sample = logits_processor, do_sample
+
+    def scores(self, ids: list[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        """[batch, vocab] of processed scores behind the ids of each row.
+
+        Processors count columns and may know each row of the batch: once per length of a row all rows go in, and those
+        of this length count.
+        """
+        scores = torch.empty_like(logits)
+        for places in by_length(ids):
+            length = len(ids[places[0]])
+            table = torch.stack([F.pad(row[-length:], (length - len(row[-length:]), 0)) for row in ids])
+            # processors may write to what they get
+            scores[places] = self.logits_processor(table, logits.clone())[places]
+        return scores
+
+    def draw(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[rows] tokens, and the distributions they were drawn from when sampling."""
+        if not self.do_sample:
+            return scores.argmax(-1), None
+        probabilities = scores.softmax(-1)
+        return torch.multinomial(probabilities, 1)[:, 0], probabilities
+
+    def verify(self, drafts: torch.Tensor, drafted: torch.Tensor | None, scores: torch.Tensor):
+        """Whether the trunk takes `drafts` [rows], [rows] bool, and the tokens that stand there then.
+
+        Speculative sampling: with probability p / q, else a draw from what p has more than q, which together is p.
+        """
+        if not self.do_sample:
+            tokens = scores.argmax(-1)
+            return tokens == drafts, tokens
+        wanted = scores.softmax(-1)
+        p, q = (part.gather(-1, drafts[:, None])[:, 0] for part in (wanted, drafted))
+        accepted = torch.rand_like(p) * q < p
+        rest = (wanted - drafted).clamp(min=0)
+        # equal distributions leave nothing
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, wanted)
+        return accepted, torch.where(accepted, drafts, torch.multinomial(rest, 1)[:, 0])
+
+
+def by_length(ids: list[torch.Tensor]) -> list[list[int]]:
+    """Places of rows of equal length."""
+    groups: dict[int, list[int]] = {}
+    for place, row in enumerate(ids):
+        groups.setdefault(len(row), []).append(place)
+    return list(groups.values())
+
+
+class MTPDecoder:
+    """The loop of draft, verify, take and roll back for a batch, every row at its own pace.
+
+    `padding` [batch]: slots in front of each row in the cache that hold no token of it.
+
+    Args:
+        depth: drafts per step, 1 to the number of heads.
+        keeps_scores: whether scores and logits of every token are asked for.
+    """
+
+    def __init__(
+        self,
+        model,
+        rows: list[Row],
+        chooser: Chooser,
+        stopping_criteria,
+        cache: HybridCache,
+        depth: int,
+        keeps_scores: bool,
+    ):
+        self.model, self.rows, self.chooser = model, rows, chooser
+        self.stopping_criteria, self.cache, self.depth = stopping_criteria, cache, depth
+        self.keeps_scores = keeps_scores
+        heads = len(model.model.mtp.layers)
+        self.stats = MTPStats([0] * heads, [0] * heads)
+        window = model.config.attention_geometry("sliding_attention").window
+        self.states = TrunkStates(model.model, window)
+        self.heads = DraftHeads(model, self.states)
+
+    def prefill(self, forward, padding: torch.Tensor) -> torch.Tensor:
+        """Runs the prompt; returns logits [batch, vocab] behind it."""
+        before = self.cache.get_seq_length()
+        with self.stats.timed("verify"), self.states.recording():
+            logits = forward().logits[:, -1].float()
+        self.stats.forwards += 1
+        self.padding, total = padding, self.cache.get_seq_length()
+        self.states.begin(torch.minimum(total - padding, torch.full_like(padding, total - before)))
+        return logits
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[batch] tokens of each row that the trunk has seen."""
+        return self.cache.get_seq_length() - self.padding
+
+    def draft(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """[batch, 1 + depth]: the next token of each row and drafts behind it; and per head the distributions
+        [batch, vocab] that these were drawn from."""
+        distributions = []
+        tokens = tokens[:, None]
+        for head in range(self.depth):
+            logits = self.heads.logits(head, tokens, self.lengths - 1)
+            ids = [torch.cat((row.ids, own[1:])) for row, own in zip(self.rows, tokens)]
+            drawn, distribution = self.chooser.draw(self.chooser.scores(ids, logits))
+            distributions.append(distribution)
+            tokens = torch.cat((tokens, drawn[:, None]), dim=1)
+        return tokens, distributions
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, n] tokens -> logits [batch, n, vocab] float32; the cache then holds them."""
+        count, total = tokens.shape[1], self.cache.get_seq_length()
+        mask = None
+        if self.padding.any():
+            mask = (torch.arange(total + count, device=tokens.device) >= self.padding[:, None]).long()
+        positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
+        with self.states.recording():
+            outputs = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        self.stats.forwards += 1
+        return outputs.logits.float()
+
+    def take(self, places: list[int], tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> None:
+        """Appends a token to each of these rows, which may end with it."""
+        rows = [self.rows[place] for place in places]
+        for row, token, score, behind in zip(rows, tokens, scores, logits):
+            row.ids = torch.cat((row.ids, token[None]))
+            row.counts["tokens"] += 1
+            if self.keeps_scores:
+                row.scores.append(score)
+                row.logits.append(behind)
+        for group in by_length([row.ids for row in rows]):
+            ids = torch.stack([rows[place].ids for place in group])
+            ended = self.stopping_criteria(ids, (scores[group],))
+            for place, end in zip(group, ended.tolist()):
+                rows[place].finished = end
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Drafts behind the next token of each row, verifies, takes; returns the next tokens [batch]."""
+        with self.stats.timed("draft"):
+            drafts, distributions = self.draft(tokens)
+        with self.stats.timed("verify"):
+            logits = self.forward(drafts)
+        self.roll_back(self.verify(drafts, distributions, logits))
+        return torch.stack([row.ids[-1] for row in self.rows])
+
+    def verify(self, drafts: torch.Tensor, distributions: list[torch.Tensor | None], logits: torch.Tensor):
+        """Takes the drafts of each row as far as the trunk agrees, and then its own token; returns [batch] how many
+        of the tokens that it has just seen stay in the cache."""
+        # slots of a row that has ended do not matter any more, and need not be moved
+        kept = torch.full((len(drafts),), drafts.shape[1], device=drafts.device)
+        going = [place for place, row in enumerate(self.rows) if not row.finished]
+        for place in going:
+            counts = self.rows[place].counts
+            counts["forwards"] += 1
+            counts["proposed"] = [n + (head < self.depth) for head, n in enumerate(counts["proposed"])]
+        for depth in range(drafts.shape[1]):
+            behind = logits[going, depth]
+            scores = self.chooser.scores([row.ids for row in self.rows], logits[:, depth])[going]
+            if depth < self.depth:
+                drafted = None if distributions[depth] is None else distributions[depth][going]
+                accepted, tokens = self.chooser.verify(drafts[going, depth + 1], drafted, scores)
+                for place, right in zip(going, accepted.tolist()):
+                    self.rows[place].counts["accepted"][depth] += right
+            else:
+                tokens = self.chooser.draw(scores)[0]
+                accepted = torch.zeros_like(tokens, dtype=torch.bool)
+            self.take(going, tokens, scores, behind)
+            kept[going] = depth + 1
+            going = [
+                place for place, right in zip(going, accepted.tolist()) if right and not self.rows[place].finished
+            ]
+            if not going:
+                break
+        return kept
+
+    def roll_back(self, kept: torch.Tensor) -> None:
+        """Removes what was refused from the cache: what all rows refused, then what some did, by moving these rows."""
+        seen = self.states.recorded[0][0].shape[1]
+        most = int(kept.max())
+        self.cache.crop(most - seen)
+        moved = most - kept
+        self.cache.shift_rows(moved.tolist())
+        self.padding = self.padding + moved
+        self.states.append(kept)
+        self.heads.append(kept)
+
+    def finished_stats(self) -> MTPStats:
+        self.stats.rows = [row.counts for row in self.rows]
+        for counts in self.stats.rows:
+            self.stats.tokens += counts["tokens"]
+            for name in ("proposed", "accepted"):
+                totals = getattr(self.stats, name)
+                totals[:] = map(sum, zip(totals, counts[name]))
+        return self.stats
+
+
+def check_mtp(model, generation_config, model_kwargs: dict[str, Any], depth: int) -> None:
+    """Raises a `ValueError` for what drafting cannot do."""
+    if model.model.mtp is None:
+        raise ValueError("`use_mtp`: expected a model with MTP heads, got one without.")
+    heads = len(model.model.mtp.layers)
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= heads:
+        raise ValueError(f"`mtp_depth`: expected 1 to {heads} drafts, got {depth!r}.")
+    if generation_config.num_beams > 1:
+        raise ValueError(f"`num_beams`: expected 1 with `use_mtp`, got {generation_config.num_beams}.")
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, HybridCache) or cache.max_rollback < depth:
+        got = type(cache).__name__
+        if isinstance(cache, HybridCache):
+            got = f"max_rollback={cache.max_rollback}"
+        raise ValueError(f"`past_key_values`: expected a HybridCache that can roll back {depth} tokens, got {got}.")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("`input_ids`: expected token ids with `use_mtp`, got `inputs_embeds`.")
+
+
+def mtp_decoding(
+    model,
+    input_ids: torch.LongTensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    synced_gpus: bool = False,
+    streamer=None,
+    tokenizer=None,
+    mtp_depth: int = 3,
+    **model_kwargs,
+):
+    """`GenerationMixin._sample` with draft heads: the same tokens when greedy, the same distribution when sampling.
+
+    Args:
+        tokenizer: of `stop_strings`, which are among the stopping criteria already.
+        mtp_depth: drafts per step.
+
+    Returns:
+        What `_sample` returns; with `return_dict_in_generate` an MTPGenerateOutput.
+
+    Raises:
+        ValueError: see `check_mtp`.
+    """
+    check_mtp(model, generation_config, model_kwargs, mtp_depth)
+    started = time.perf_counter()
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    padding = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+    if mask is not None:
+        padding = mask.shape[1] - mask.sum(-1)
+        if not bool((mask.cummax(-1).values == mask).all()):
+            raise ValueError("`attention_mask`: expected padding on the left alone with `use_mtp`.")
+    rows = [Row(ids, len(model.model.mtp.layers)) for ids in input_ids]
+    chooser = Chooser(logits_processor, generation_config.do_sample)
+    keeps_scores = generation_config.return_dict_in_generate and (
+        generation_config.output_scores or generation_config.output_logits
+    )
+    decoder = MTPDecoder(model, rows, chooser, stopping_criteria, cache, mtp_depth, keeps_scores)
+    logits = decoder.prefill(lambda: model._prefill(input_ids, generation_config, model_kwargs), padding)
+    scores = chooser.scores([row.ids for row in rows], logits)
+    decoder.take(list(range(len(rows))), chooser.draw(scores)[0], scores, logits)
+    tokens, streamed = torch.stack([row.ids[-1] for row in rows]), input_ids.shape[1]
+    while True:
+        if streamer is not None:
+            for token in rows[0].ids[streamed:]:
+                streamer.put(token[None].cpu())
+            streamed = len(rows[0].ids)
+        if all(row.finished for row in rows):
+            break
+        tokens = decoder.step(tokens)
+    if streamer is not None:
+        streamer.end()
+    stats = decoder.finished_stats()
+    stats.seconds["other"] = time.perf_counter() - started - stats.seconds["draft"] - stats.seconds["verify"]
+    pad = generation_config._pad_token_tensor
+    sequences = torch.nn.utils.rnn.pad_sequence(
+        [row.ids for row in rows], batch_first=True, padding_value=0 if pad is None else int(pad)
+    )
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return MTPGenerateOutput(
+        sequences=sequences,
+        scores=stacked([row.scores for row in rows]) if generation_config.output_scores else None,
+        logits=stacked([row.logits for row in rows]) if generation_config.output_logits else None,
+        past_key_values=cache,
+        mtp_stats=stats,
+    )
+
+
+def stacked(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """Per token [batch, vocab]; zeros for rows that ended before."""
+    longest = max(map(len, rows))
+    ended = torch.zeros_like(rows[0][0])
+    return tuple(torch.stack([row[place] if place < len(row) else ended for row in rows]) for place in range(longest))
+
+
+__all__ = ["MTPGenerateOutput", "MTPStats"]
