@@ -46,12 +46,11 @@ MIB = 2**20
 
 
 def loaded_file_bytes(folder: Path) -> int:
-    """Bytes of the tensors in the files, draft layers left out."""
+    """Bytes of the tensors in the files."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            total += sum(tensors.get_tensor(name).nbytes for name in names)
+            total += sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118
     return total
 
 

@@ -14,7 +14,6 @@
 """The MiMo-V2 model: embeddings, decoder stack, head, and how a checkpoint gets into them."""
 
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -55,28 +54,6 @@ logger = logging.get_logger(__name__)
 # kernels whose signature takes sinks; any other would drop them without a word
 SINK_KERNELS = ["flash_attention_4", "kernels-community/vllm-flash-attn3"]
 ATTENTION_CHOICES = ("sdpa", "eager", *SINK_KERNELS)
-
-
-@auto_docstring(custom_intro="MoeModelOutputWithPast with what the MTP heads read.")
-@dataclass
-class MiMoV2ModelOutputWithPast(MoeModelOutputWithPast):
-    r"""
-    pre_norm_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-        Hidden states after the last layer, before the final norm.
-    """
-
-    pre_norm_hidden_state: torch.FloatTensor | None = None
-
-
-@auto_docstring(custom_intro="MoeCausalLMOutputWithPast with what the MTP heads read.")
-@dataclass
-class MiMoV2CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    r"""
-    pre_norm_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-        Hidden states after the last layer, before the final norm; for `output_pre_norm=True`.
-    """
-
-    pre_norm_hidden_state: torch.FloatTensor | None = None
 
 
 @auto_docstring
@@ -282,7 +259,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> MiMoV2ModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """
         Args:
             input_ids: [B, S] token ids, or `inputs_embeds` [B, S, hidden] instead.
@@ -291,7 +268,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             past_key_values: a `HybridCache` or any Transformers cache; made here when `use_cache` asks for one.
 
         Returns:
-            `last_hidden_state` [B, S, hidden] after the final norm, `pre_norm_hidden_state` before it, and the cache.
+            `last_hidden_state` [B, S, hidden] after the final norm, and the cache.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask of another shape; a cache of
@@ -321,10 +298,9 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return MiMoV2ModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
-            pre_norm_hidden_state=hidden_states,
         )
 
 
@@ -466,9 +442,8 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_pre_norm: bool = False,
         **kwargs,
-    ) -> MiMoV2CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """
         Text arguments that are not listed are those of `MiMoV2Model.forward`.
 
@@ -481,7 +456,6 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
             mm_encoder_outputs: "image", "video" and "audio" features encoded before, instead of pixels and codes.
             labels: [B, S] token ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits for the last n positions only (0: all), or for these positions.
-            output_pre_norm (`bool`, *optional*, defaults to `False`): return `pre_norm_hidden_state` as well.
 
         Returns:
             `logits`, `loss` for `labels`, and the cache.
@@ -517,14 +491,13 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return MiMoV2CausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            pre_norm_hidden_state=outputs.pre_norm_hidden_state if output_pre_norm else None,
         )
 
 

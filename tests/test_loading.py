@@ -12,7 +12,7 @@ from mtp_reference import draft_logits
 from reference import dequantize, reference_logits, reference_weights, split_qkv
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import LAYOUTS, SMALL, assert_near, released_state, tiny_model, token_ids
+from tiny import LAYOUTS, SMALL, assert_near, released_state, tiny_model, token_ids, trunk_states
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 
@@ -752,7 +752,7 @@ def test_draft_logits_of_a_loaded_model_equal_the_naive_page(checkpoints, name):
     weights = reference_weights(read_tensors(checkpoints[name]), config, qkv_layout=layout)
     model, ids = load(checkpoints[name], dtype=torch.float32), token_ids(1, 30)
     with torch.no_grad():
-        hidden = model.model(ids).pre_norm_hidden_state
+        hidden = trunk_states(model, ids)
         for index, head in enumerate(model.model.mtp.layers):
             later = model.model.embed_tokens(ids[:, 1 + index :])
             rotary = model.model.rotary_emb(later, torch.arange(later.shape[1])[None], "sliding_attention")

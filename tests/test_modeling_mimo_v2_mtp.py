@@ -4,7 +4,18 @@ import pytest
 import torch
 from mtp_reference import draft_logits
 from reference import reference_hidden
-from tiny import LAYOUTS, SMALL, WINDOW, assert_near, page_weights, tiny_config, tiny_dict, tiny_model, token_ids
+from tiny import (
+    LAYOUTS,
+    SMALL,
+    WINDOW,
+    assert_near,
+    page_weights,
+    tiny_config,
+    tiny_dict,
+    tiny_model,
+    token_ids,
+    trunk_states,
+)
 
 from modeling_mimo import MiMoV2ForCausalLM, MiMoV2Model
 
@@ -43,7 +54,7 @@ def expected_logits(scene, head):
 @pytest.mark.parametrize("head", HEADS)
 def test_draft_logits_of_a_head_equal_the_page_at_every_position(scene, head):
     model, _, _, ids, _ = scene
-    hidden = model.model(ids).pre_norm_hidden_state
+    hidden = trunk_states(model, ids)
     got, expected = head_logits(model, ids, hidden, head), expected_logits(scene, head)
     assert got.shape == (2, LENGTH - 1 - head, model.config.vocab_size)
     assert_near(got, expected)
@@ -109,15 +120,10 @@ def test_heads_take_padding_on_the_left(scene):
 
 
 def test_the_trunk_gives_its_states_before_the_norm():
-    model, ids = tiny_model(**SMALL), token_ids(2, 9)
-    outputs = model.model(ids)
-    assert torch.equal(model.model.norm(outputs.pre_norm_hidden_state), outputs.last_hidden_state)
-    raw = tiny_dict(**SMALL)
-    assert_near(outputs.pre_norm_hidden_state, reference_hidden(page_weights(model, raw), raw, ids))
-    whole = model(ids, output_pre_norm=True)
-    assert torch.equal(whole.pre_norm_hidden_state, outputs.pre_norm_hidden_state)
-    assert model(ids).pre_norm_hidden_state is None
-    assert "pre_norm_hidden_state" not in model(ids)
+    model, ids, raw = tiny_model(**SMALL), token_ids(2, 9), tiny_dict(**SMALL)
+    states = trunk_states(model, ids)
+    assert torch.equal(model.model.norm(states), model.model(ids).last_hidden_state)
+    assert_near(states, reference_hidden(page_weights(model, raw), raw, ids))
 
 
 def test_the_trunk_does_not_run_the_heads():
@@ -147,7 +153,7 @@ def test_a_model_without_heads(changes):
 def test_heads_in_a_trunk_of_global_layers():
     changes = {**SMALL, "hybrid_layer_pattern": [0] * 4}
     model, raw, ids = tiny_model(**changes), tiny_dict(**changes), token_ids(1, LENGTH)
-    weights, hidden = page_weights(model, raw), model.model(ids).pre_norm_hidden_state
+    weights, hidden = page_weights(model, raw), trunk_states(model, ids)
     assert_near(head_logits(model, ids, hidden, 2)[0], draft_logits(weights, raw, ids[0], hidden[0], 2))
 
 
@@ -155,7 +161,7 @@ def test_gradients_reach_every_parameter_of_a_head():
     model, ids = tiny_model(**SMALL), token_ids(2, LENGTH)
     model.activation_checkpointing_enable()
     model.train()
-    head_logits(model, ids, model.model(ids).pre_norm_hidden_state, 1).square().mean().backward()
+    head_logits(model, ids, trunk_states(model, ids), 1).square().mean().backward()
     for name, parameter in model.named_parameters():
         expected = ".mtp.layers.1." in name
         if ".mtp." in name:

@@ -7,6 +7,7 @@ from reference import reference_weights
 from transformers.models.mimo_v2_flash import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
 from modeling_mimo import MiMoV2Config, MiMoV2ForCausalLM
+from modeling_mimo.drafting_mimo_v2 import TrunkStates
 
 
 # the released spelling; K and V widths differ, 8 of 24 dims rotate, window < sequence, other KV heads, thetas and
@@ -114,6 +115,14 @@ def released_state(model) -> dict[str, torch.Tensor]:
         else:
             state[name] = tensor
     return state
+
+
+def trunk_states(model, ids, **options) -> torch.Tensor:
+    """[B, S, hidden] before the final norm, which the MTP heads read."""
+    states = TrunkStates(model.model, ids.shape[1])
+    with states.recording():
+        model.model(ids, **options)
+    return states.recorded[0][1]
 
 
 def page_weights(model, raw: dict) -> dict[str, torch.Tensor]:
