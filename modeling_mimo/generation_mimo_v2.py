@@ -87,14 +87,15 @@ class MiMoV2GenerationMixin(GenerationMixin):
 
     create_masks_for_generate = staticmethod(explicit_masks)
 
-    def generate(self, *args, use_mtp: bool | None = None, mtp_depth: int | None = None, **kwargs):
+    def generate(self, *args, use_mtp: bool | None = None, mtp_depth: int | str | None = None, **kwargs):
         """As in Transformers, whose own `use_mtp` chains the heads and feeds them normed states, which MiMo's are not
         made for.
 
         Args:
             use_mtp: draft with the MTP heads of the checkpoint and verify: the same tokens, or the same distribution
                 when sampling, in fewer forwards. Any batch, padded on the left.
-            mtp_depth: drafts per step; None for one of each head.
+            mtp_depth: drafts per step; None for one of each head; "auto" for as many as pay on this run, which may
+                be none.
 
         Raises:
             ValueError: as in Transformers, and for what drafting cannot do; see `check_mtp`.

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_mimo_v2 import HybridCache
+from .drafting_depth_mimo_v2 import AutoDepth, FixedDepth
 from .drafting_mimo_v2 import DraftHeads, TrunkStates
 
 
@@ -30,13 +31,14 @@ from .drafting_mimo_v2 import DraftHeads, TrunkStates
 class MTPStats:
     """What drafting brought.
 
-    proposed, accepted: drafts per head. forwards: of the trunk, the prefill included. tokens: generated in all rows.
-    seconds: in "draft", "verify" (forwards of the trunk, the prefill included) and "other". rows: of each row
-    `proposed`, `accepted`, `tokens` and `forwards` that verified drafts of it.
+    proposed, accepted: drafts per head. steps: how many had 0, 1, ... drafts. forwards: of the trunk, the prefill
+    included. tokens: generated in all rows. seconds: in "draft", "verify" (forwards of the trunk, the prefill
+    included) and "other". rows: of each row `proposed`, `accepted`, `tokens` and `forwards` behind the prefill.
     """
 
     proposed: list[int]
     accepted: list[int]
+    steps: list[int]
     forwards: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "other": 0.0})
@@ -44,7 +46,7 @@ class MTPStats:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens of a row per forward that verified it, the trunk's own token included."""
+        """Tokens of a row per forward behind the prefill, the trunk's own token included."""
         return 1 + sum(self.accepted) / max(1, sum(row["forwards"] for row in self.rows))
 
     @property
@@ -134,7 +136,7 @@ class MTPDecoder:
     `padding` [batch]: slots in front of each row in the cache that hold no token of it.
 
     Args:
-        depth: drafts per step, 1 to the number of heads.
+        depths: how many drafts a step has, a FixedDepth or an AutoDepth.
         keeps_scores: whether scores and logits of every token are asked for.
     """
 
@@ -145,14 +147,14 @@ class MTPDecoder:
         chooser: Chooser,
         stopping_criteria,
         cache: HybridCache,
-        depth: int,
+        depths: FixedDepth | AutoDepth,
         keeps_scores: bool,
     ):
         self.model, self.rows, self.chooser = model, rows, chooser
-        self.stopping_criteria, self.cache, self.depth = stopping_criteria, cache, depth
+        self.stopping_criteria, self.cache, self.depths = stopping_criteria, cache, depths
         self.keeps_scores = keeps_scores
         heads = len(model.model.mtp.layers)
-        self.stats = MTPStats([0] * heads, [0] * heads)
+        self.stats = MTPStats([0] * heads, [0] * heads, [0] * (heads + 1))
         window = model.config.attention_geometry("sliding_attention").window
         self.states = TrunkStates(model.model, window)
         self.heads = DraftHeads(model, self.states)
@@ -163,6 +165,7 @@ class MTPDecoder:
         with self.stats.timed("verify"), self.states.recording():
             logits = forward().logits[:, -1].float()
         self.stats.forwards += 1
+        self.depths.start(self.stats.seconds["verify"])
         self.padding, total = padding, self.cache.get_seq_length()
         self.states.begin(torch.minimum(total - padding, torch.full_like(padding, total - before)))
         return logits
@@ -172,12 +175,12 @@ class MTPDecoder:
         """[batch] tokens of each row that the trunk has seen."""
         return self.cache.get_seq_length() - self.padding
 
-    def draft(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def draft(self, tokens: torch.Tensor, depth: int) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """[batch, 1 + depth]: the next token of each row and drafts behind it; and per head the distributions
         [batch, vocab] that these were drawn from."""
         distributions = []
         tokens = tokens[:, None]
-        for head in range(self.depth):
+        for head in range(depth):
             logits = self.heads.logits(head, tokens, self.lengths - 1)
             ids = [torch.cat((row.ids, own[1:])) for row, own in zip(self.rows, tokens)]
             drawn, distribution = self.chooser.draw(self.chooser.scores(ids, logits))
@@ -220,12 +223,18 @@ class MTPDecoder:
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Drafts behind the next token of each row, verifies, takes; returns the next tokens [batch]."""
+        started, depth = time.perf_counter(), self.depths.choose()
+        going, before = sum(not row.finished for row in self.rows), sum(len(row.ids) for row in self.rows)
         with self.stats.timed("draft"):
-            drafts, distributions = self.draft(tokens)
+            drafts, distributions = self.draft(tokens, depth)
         with self.stats.timed("verify"):
             logits = self.forward(drafts)
         self.roll_back(self.verify(drafts, distributions, logits))
-        return torch.stack([row.ids[-1] for row in self.rows])
+        tokens = torch.stack([row.ids[-1] for row in self.rows])
+        self.stats.steps[depth] += 1
+        taken = sum(len(row.ids) for row in self.rows) - before
+        self.depths.took(depth, time.perf_counter() - started, taken / going)
+        return tokens
 
     def verify(self, drafts: torch.Tensor, distributions: list[torch.Tensor | None], logits: torch.Tensor):
         """Takes the drafts of each row as far as the trunk agrees, and then its own token; returns [batch] how many
@@ -236,15 +245,16 @@ class MTPDecoder:
         for place in going:
             counts = self.rows[place].counts
             counts["forwards"] += 1
-            counts["proposed"] = [n + (head < self.depth) for head, n in enumerate(counts["proposed"])]
+            counts["proposed"] = [n + (head < len(distributions)) for head, n in enumerate(counts["proposed"])]
         for depth in range(drafts.shape[1]):
             behind = logits[going, depth]
             scores = self.chooser.scores([row.ids for row in self.rows], logits[:, depth])[going]
-            if depth < self.depth:
+            if depth < len(distributions):
                 drafted = None if distributions[depth] is None else distributions[depth][going]
                 accepted, tokens = self.chooser.verify(drafts[going, depth + 1], drafted, scores)
                 for place, right in zip(going, accepted.tolist()):
                     self.rows[place].counts["accepted"][depth] += right
+                self.depths.verified(depth, len(going), int(accepted.sum()))
             else:
                 tokens = self.chooser.draw(scores)[0]
                 accepted = torch.zeros_like(tokens, dtype=torch.bool)
@@ -278,21 +288,21 @@ class MTPDecoder:
         return self.stats
 
 
-def check_mtp(model, generation_config, model_kwargs: dict[str, Any], depth: int) -> None:
+def check_mtp(model, generation_config, model_kwargs: dict[str, Any], depth: int | str) -> None:
     """Raises a `ValueError` for what drafting cannot do."""
     if model.model.mtp is None:
         raise ValueError("`use_mtp`: expected a model with MTP heads, got one without.")
     heads = len(model.model.mtp.layers)
-    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= heads:
-        raise ValueError(f"`mtp_depth`: expected 1 to {heads} drafts, got {depth!r}.")
+    if depth != "auto" and (not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= heads):
+        raise ValueError(f"`mtp_depth`: expected 1 to {heads} drafts or 'auto', got {depth!r}.")
     if generation_config.num_beams > 1:
         raise ValueError(f"`num_beams`: expected 1 with `use_mtp`, got {generation_config.num_beams}.")
-    cache = model_kwargs.get("past_key_values")
-    if not isinstance(cache, HybridCache) or cache.max_rollback < depth:
+    cache, most = model_kwargs.get("past_key_values"), heads if depth == "auto" else depth
+    if not isinstance(cache, HybridCache) or cache.max_rollback < most:
         got = type(cache).__name__
         if isinstance(cache, HybridCache):
             got = f"max_rollback={cache.max_rollback}"
-        raise ValueError(f"`past_key_values`: expected a HybridCache that can roll back {depth} tokens, got {got}.")
+        raise ValueError(f"`past_key_values`: expected a HybridCache that can roll back {most} tokens, got {got}.")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("`input_ids`: expected token ids with `use_mtp`, got `inputs_embeds`.")
 
@@ -306,14 +316,14 @@ def mtp_decoding(
     synced_gpus: bool = False,
     streamer=None,
     tokenizer=None,
-    mtp_depth: int = 3,
+    mtp_depth: int | str = 3,
     **model_kwargs,
 ):
     """`GenerationMixin._sample` with draft heads: the same tokens when greedy, the same distribution when sampling.
 
     Args:
         tokenizer: of `stop_strings`, which are among the stopping criteria already.
-        mtp_depth: drafts per step.
+        mtp_depth: drafts per step, or "auto".
 
     Returns:
         What `_sample` returns; with `return_dict_in_generate` an MTPGenerateOutput.
@@ -334,7 +344,9 @@ def mtp_decoding(
     keeps_scores = generation_config.return_dict_in_generate and (
         generation_config.output_scores or generation_config.output_logits
     )
-    decoder = MTPDecoder(model, rows, chooser, stopping_criteria, cache, mtp_depth, keeps_scores)
+    asked = generation_config.max_length - input_ids.shape[1]
+    depths = AutoDepth(len(model.model.mtp.layers), asked) if mtp_depth == "auto" else FixedDepth(mtp_depth)
+    decoder = MTPDecoder(model, rows, chooser, stopping_criteria, cache, depths, keeps_scores)
     logits = decoder.prefill(lambda: model._prefill(input_ids, generation_config, model_kwargs), padding)
     scores = chooser.scores([row.ids for row in rows], logits)
     decoder.take(list(range(len(rows))), chooser.draw(scores)[0], scores, logits)

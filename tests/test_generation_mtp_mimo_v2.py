@@ -8,8 +8,9 @@ from tiny import SIGHT, SMALL, WINDOW, assert_near, page_weights, sight_model, t
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_mimo import HybridCache
+from modeling_mimo import HybridCache, generation_mtp_mimo_v2
 from modeling_mimo.conversion.small_tokenizer import build_small_tokenizer
+from modeling_mimo.drafting_depth_mimo_v2 import FixedDepth
 from modeling_mimo.drafting_mimo_v2 import DraftHeads
 from modeling_mimo.generation_mtp_mimo_v2 import MTPDecoder
 
@@ -79,16 +80,44 @@ def test_agreeing_heads_are_often_right(often):
     assert stats.forwards < 24
 
 
-def test_every_draft_is_that_of_the_page(model, monkeypatch):
-    """Recomputed from the definition at every step: window < context, partial acceptance, a padded batch."""
+class ChangingDepth(FixedDepth):
+    """0 to 3 drafts in changing order: what `auto` may choose."""
+
+    def choose(self):
+        self.depth += 1
+        return (3, 0, 1, 0, 0, 2, 3, 2)[self.depth % 8]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_greedy_tokens_are_those_without_drafts_whatever_auto_chooses(model, batch, monkeypatch):
+    monkeypatch.setattr(generation_mtp_mimo_v2, "AutoDepth", lambda heads, asked: ChangingDepth(batch))
+    for seed in range(8):
+        ids, mask = prompts(batch, 60 + seed)
+        output = generate(model, ids, mask, use_mtp=True, mtp_depth="auto", return_dict_in_generate=True)
+        assert torch.equal(output.sequences, generate(model, ids, mask))
+        assert sum(output.mtp_stats.steps) + 1 == output.mtp_stats.forwards
+        assert output.sequences.shape[1] < ids.shape[1] + 24 or min(output.mtp_stats.steps) > 0
+
+
+def test_auto_gives_the_tokens_of_plain_generation(often):
+    ids, mask = prompts(3, 80)
+    output = generate(often, ids, mask, use_mtp=True, mtp_depth="auto", max_new_tokens=60, eos_token_id=None)
+    assert torch.equal(output, generate(often, ids, mask, max_new_tokens=60, eos_token_id=None))
+
+
+@pytest.mark.parametrize("mtp_depth", [3, "auto"])
+def test_every_draft_is_that_of_the_page(model, monkeypatch, mtp_depth):
+    """Recomputed from the definition at every step: window < context, partial acceptance, a padded batch, and after
+    steps without drafts."""
+    monkeypatch.setattr(generation_mtp_mimo_v2, "AutoDepth", lambda heads, asked: ChangingDepth(1))
     raw = tiny_dict(**SMALL)
     weights = page_weights(model, raw)
     rows, calls = [], []
     draft, logits = MTPDecoder.draft, DraftHeads.logits
 
-    def watched_draft(self, tokens):
+    def watched_draft(self, tokens, depth):
         rows[:] = [row.ids.clone() for row in self.rows]
-        return draft(self, tokens)
+        return draft(self, tokens, depth)
 
     def watched_logits(self, head, tokens, positions):
         output = logits(self, head, tokens, positions)
@@ -99,7 +128,7 @@ def test_every_draft_is_that_of_the_page(model, monkeypatch):
     monkeypatch.setattr(DraftHeads, "logits", watched_logits)
     ids, mask = prompts(3, 5)
     padding = (mask == 0).sum(-1)
-    generate(model, ids, mask, use_mtp=True, max_new_tokens=14, eos_token_id=None)
+    generate(model, ids, mask, use_mtp=True, mtp_depth=mtp_depth, max_new_tokens=14, eos_token_id=None)
     assert {head for head, *_ in calls} == {0, 1, 2}
     for head, tokens, positions, output, sequences in calls:
         for index, sequence in enumerate(sequences):
@@ -360,9 +389,9 @@ def test_a_model_remembers_in_its_generation_config(often):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mtp_depth": 0}, "`mtp_depth`: expected 1 to 3 drafts, got 0"),
-        ({"mtp_depth": 4}, "`mtp_depth`: expected 1 to 3 drafts, got 4"),
-        ({"mtp_depth": "most"}, "`mtp_depth`: expected 1 to 3 drafts, got 'most'"),
+        ({"mtp_depth": 0}, "`mtp_depth`: expected 1 to 3 drafts or 'auto', got 0"),
+        ({"mtp_depth": 4}, "`mtp_depth`: expected 1 to 3 drafts or 'auto', got 4"),
+        ({"mtp_depth": "most"}, "`mtp_depth`: expected 1 to 3 drafts or 'auto', got 'most'"),
         ({"num_beams": 2}, "`num_beams`: expected 1 with `use_mtp`, got 2"),
         ({"assistant_model": object()}, "`assistant_model`: expected nothing beside `use_mtp`, got both"),
         ({"past_key_values": DynamicCache()}, "`past_key_values`: expected a HybridCache .* got DynamicCache"),
