@@ -8,14 +8,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from .auto_mimo_v2 import route_auto_processor
 from .cache_mimo_v2 import HybridCache
 from .configuration_mimo_v2 import FLASH_MODEL_TYPE, MiMoV2Config
 from .modeling_mimo_v2 import MiMoV2ForCausalLM, MiMoV2Model
 from .quantization_mimo_v2 import MiMoV2FP8Config
-from .weight_mapping_mimo_v2 import expert_conversions
 
 
 AutoConfig.register(MiMoV2Config.model_type, MiMoV2Config, exist_ok=True)
@@ -24,8 +22,6 @@ CONFIG_MAPPING.register(FLASH_MODEL_TYPE, MiMoV2Config, exist_ok=True)
 AutoModel.register(MiMoV2Config, MiMoV2Model, exist_ok=True)
 for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MiMoV2Config, MiMoV2ForCausalLM, exist_ok=True)
-for _model_class in (MiMoV2Model, MiMoV2ForCausalLM):
-    register_checkpoint_conversion_mapping(_model_class.__name__, expert_conversions(), overwrite=True)
 route_auto_processor()
 
 

@@ -61,6 +61,28 @@ POSITIVE_FIELDS = (
     "max_position_embeddings",
 )
 
+# Layers, tables and modules are made per unit of these, so a size is checked before anything is made of it. Far above
+# every release: 70 layers, 26,496 routed experts over all of them, 3 draft heads.
+LARGEST = {
+    "num_hidden_layers": 1024,
+    "num_mtp_layers": 64,
+    "depth": 1024,
+    "input_local_layers": 1024,
+    "audio_channels": 1024,
+}
+LARGEST_SIZE = 2**31
+MOST_EXPERTS = 2**17
+
+# not infinity, not NaN, and not an int that no float can hold
+FINITE = 1e300
+FINITE_FIELDS = (
+    "attention_value_scale",
+    "attention_dropout",
+    "routed_scaling_factor",
+    "rms_norm_eps",
+    "initializer_range",
+)
+
 # `quant_method` of the released files, and the name our quantizer is registered under
 RELEASED_QUANT_METHOD = "fp8"
 QUANT_METHOD = "mimo_v2_fp8"
@@ -93,6 +115,14 @@ class AttentionGeometry(NamedTuple):
             self.num_key_value_heads * self.head_dim,
             self.num_key_value_heads * self.v_head_dim,
         )
+
+
+def _refuse_large(values: dict[str, Any], prefix: str = "") -> None:
+    """ValueError for a number that is too large to make layers or tables from."""
+    for field, value in values.items():
+        largest = LARGEST.get(field, LARGEST_SIZE)
+        if isinstance(value, int) and value > largest:
+            raise ValueError(f"`{prefix}{field}`: expected at most {largest}, got {str(value)[:40]}.")
 
 
 def _decode_pattern(field: str, codes: list, names: dict[int, str], num_hidden_layers: int) -> list[str]:
@@ -156,6 +186,8 @@ class MiMoV2Config(PreTrainedConfig):
         nothing is said, files with fewer of them are as good.
     load_mtp (`bool`, *optional*, defaults to `True`):
         `False` leaves these layers out of the model.
+    mtp_loss_weight (`float`, *optional*, defaults to 0.0):
+        With `labels`, the weight of the sum of the losses of these layers beside the loss of the trunk.
     vision_config (`MiMoV2VisionConfig` or `dict`, *optional*):
         The vision tower; a text-only model without it.
     audio_config (`MiMoV2AudioConfig` or `dict`, *optional*):
@@ -266,6 +298,7 @@ class MiMoV2Config(PreTrainedConfig):
     processor_config: dict[str, Any] | None = None
     load_towers: bool = True
     load_mtp: bool = True
+    mtp_loss_weight: float = 0.0
 
     def __post_init__(self, **kwargs):
         self._source, self._as_read = None, None
@@ -276,6 +309,7 @@ class MiMoV2Config(PreTrainedConfig):
                 raise ValueError(f"`{key}`: expected one of {list(expected)}, the released architecture, got {got!r}.")
         if any(key in kwargs for key in RELEASED_MARKS):
             self._read_released_keys(kwargs)
+        self._check_sizes()
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, (str, int, list)):
             raise ValueError(f"`quantization_config`: expected a dictionary or nothing, got {quantization!r}.")
@@ -288,6 +322,16 @@ class MiMoV2Config(PreTrainedConfig):
         # CODEPATH: every FP8 release (V2.5, V2.5-Pro, V2-Flash, V2.6) says "fp8"; bf16 re-exports have no entry
         if isinstance(quantization, dict) and quantization.get("quant_method") == RELEASED_QUANT_METHOD:
             self.quantization_config = {**quantization, "quant_method": QUANT_METHOD}
+
+    def _check_sizes(self) -> None:
+        _refuse_large(
+            {field: getattr(self, field) for field in (*POSITIVE_FIELDS, "n_routed_experts", "num_mtp_layers")}
+        )
+        if (experts := self.num_hidden_layers * self.n_routed_experts) > MOST_EXPERTS:
+            raise ValueError(f"`n_routed_experts`: expected at most {MOST_EXPERTS} over all layers, got {experts}.")
+        for part in ("vision_config", "audio_config"):
+            if isinstance(values := getattr(self, part), dict):
+                _refuse_large(values, f"{part}.")
 
     def _read_released_keys(self, kwargs: dict[str, Any]) -> None:
         """Moves the released spellings out of `kwargs` into the canonical fields."""
@@ -390,6 +434,11 @@ class MiMoV2Config(PreTrainedConfig):
         for name in POSITIVE_FIELDS:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}`: expected at least 1, got {getattr(self, name)}.")
+        if self.mtp_loss_weight < 0:
+            raise ValueError(f"`mtp_loss_weight`: expected at least 0, got {self.mtp_loss_weight}.")
+        for name in FINITE_FIELDS:
+            if not abs(getattr(self, name)) < FINITE:
+                raise ValueError(f"`{name}`: expected a finite number, got {getattr(self, name)}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act`: expected an activation of Transformers, got {self.hidden_act!r}.")
         for layer_type in ATTENTION_LAYER_CODES.values():
@@ -449,6 +498,10 @@ class MiMoV2Config(PreTrainedConfig):
             if not isinstance(rope.get(key), kinds):
                 expected, got = "string" if kinds is str else "number", repr(rope[key]) if key in rope else "nothing"
                 raise ValueError(f"`rope_parameters['{layer_type}']['{key}']`: expected a {expected}, got {got}.")
+            if kinds is not str and not abs(rope[key]) < FINITE:
+                raise ValueError(
+                    f"`rope_parameters['{layer_type}']['{key}']`: expected a finite number, got {rope[key]}."
+                )
         if rope["rope_type"] != "default":
             raise ValueError(
                 f"`rope_parameters['{layer_type}']['rope_type']`: expected 'default', the only released type, "

@@ -19,12 +19,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -36,7 +33,12 @@ from .configuration_mimo_v2 import MiMoV2Config
 from .generation_mimo_v2 import MEDIA_INPUTS, MiMoV2GenerationMixin, check_placeholders, explicit_masks
 from .modeling_mimo_v2_audio import GROUPS_PER_STEP, MiMoV2AudioEncoder, MiMoV2SpeechEmbeddings
 from .modeling_mimo_v2_base import MiMoV2RMSNorm
-from .modeling_mimo_v2_mtp import MiMoV2MTP
+from .modeling_mimo_v2_mtp import (
+    MiMoV2CausalLMOutputWithPast,
+    MiMoV2ModelOutputWithPast,
+    MiMoV2MTP,
+    MiMoV2MTPTrainingMixin,
+)
 from .modeling_mimo_v2_text import (
     MiMoV2Attention,
     MiMoV2DecoderLayer,
@@ -46,7 +48,7 @@ from .modeling_mimo_v2_text import (
 )
 from .modeling_mimo_v2_vision import MiMoV2VisionAttention, MiMoV2VisionModel, MiMoV2VisionRotaryEmbedding
 from .quantization_mimo_v2 import check_scales
-from .weight_mapping_mimo_v2 import released_tensors
+from .weight_mapping_mimo_v2 import expert_conversions, released_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -168,7 +170,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
 
 @auto_docstring
 class MiMoV2Model(MiMoV2PreTrainedModel):
-    """Token embeddings, decoder layers and final norm, and the MTP heads, which `forward` does not run."""
+    """Token embeddings, decoder layers and final norm, and the MTP heads, which `forward` runs on demand alone."""
 
     def __init__(self, config: MiMoV2Config):
         super().__init__(config)
@@ -190,6 +192,13 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if self.mtp is not None:
             del self.mtp.layers[self.config.num_mtp_layers :]
             self.mtp = self.mtp if len(self.mtp.layers) else None
+
+    def check_mtp_training(self, past_key_values: Cache | None) -> None:
+        """Raises a `ValueError` for heads that are not there, or that lack the states behind a cache."""
+        if self.mtp is None:
+            raise ValueError("`mtp_loss_weight`: expected a model with MTP heads, got one without.")
+        if past_key_values is not None and (cached := past_key_values.get_seq_length()) > 0:
+            raise ValueError(f"`past_key_values`: expected none with `mtp_loss_weight`, got {cached} cached tokens.")
 
     def layer_masks(
         self,
@@ -258,21 +267,24 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        run_mtp: bool = False,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> MiMoV2ModelOutputWithPast:
         """
         Args:
             input_ids: [B, S] token ids, or `inputs_embeds` [B, S, hidden] instead.
             attention_mask: [B, cached + S], 0 for padding on either side; fully padded rows are allowed.
             position_ids: [B, S]; plain 1-D positions for every modality.
             past_key_values: a `HybridCache` or any Transformers cache; made here when `use_cache` asks for one.
+            run_mtp (`bool`, *optional*, defaults to `False`): run the MTP heads too, for training.
 
         Returns:
-            `last_hidden_state` [B, S, hidden] after the final norm, and the cache.
+            `last_hidden_state` [B, S, hidden] after the final norm, the cache, and `mtp_hidden_states` of the heads.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask of another shape; a cache of
-                another config; a context beyond `max_position_embeddings`.
+                another config; a context beyond `max_position_embeddings`; `run_mtp` without heads, or behind a cache
+                whose states the heads have not seen.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids`, `inputs_embeds`: expected exactly one of the two.")
@@ -281,6 +293,8 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = HybridCache(self.config)
         self.check_lengths(past_key_values, inputs_embeds.shape[1])
+        if run_mtp:
+            self.check_mtp_training(past_key_values)
         masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         if position_ids is None:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -298,14 +312,23 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
+        mtp_hidden_states = None
+        if run_mtp:
+            mtp_hidden_states = self.mtp(
+                inputs_embeds,
+                hidden_states,
+                position_embeddings=rotary["sliding_attention"],
+                attention_mask=masks["sliding_attention"],
+            )
+        return MiMoV2ModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
+            mtp_hidden_states=mtp_hidden_states,
         )
 
 
 @auto_docstring
-class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
+class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPTrainingMixin):
     """MiMo-V2 with its language-model head.
 
     ```python
@@ -442,8 +465,9 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mtp_loss_weight: float | None = None,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MiMoV2CausalLMOutputWithPast:
         """
         Text arguments that are not listed are those of `MiMoV2Model.forward`.
 
@@ -456,9 +480,11 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
             mm_encoder_outputs: "image", "video" and "audio" features encoded before, instead of pixels and codes.
             labels: [B, S] token ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits for the last n positions only (0: all), or for these positions.
+            mtp_loss_weight (`float`, *optional*): with `labels`, `loss` is that of the trunk plus this times the sum
+                of the losses of the MTP heads; `config.mtp_loss_weight` if not given.
 
         Returns:
-            `logits`, `loss` for `labels`, and the cache.
+            `logits`, `loss` for `labels`, `mtp_losses` of the heads if they count, and the cache.
 
         Raises:
             ValueError: as `MiMoV2Model.forward`; features and placeholders differ in number; media with
@@ -478,6 +504,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
         has_placeholders = self.config.vision_config is not None or self.config.audio_config is not None
         if media or (is_prefill and inputs_embeds is None and has_placeholders):
             input_ids, inputs_embeds = None, self.embed_media(input_ids, media, is_prefill)
+        weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -485,20 +512,32 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            run_mtp=labels is not None and weight > 0,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss, mtp_losses, attentions = None, None, outputs.attentions
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
+        if outputs.mtp_hidden_states is not None:
+            mtp_losses = self.mtp_losses(outputs.mtp_hidden_states, labels, attention_mask, position_ids, **kwargs)
+            loss = loss + weight * sum(mtp_losses)
+            # those of the heads were captured as well
+            attentions = None if attentions is None else attentions[: len(self.model.layers)]
+        return MiMoV2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=attentions,
             router_logits=outputs.router_logits,
+            mtp_losses=mtp_losses,
         )
+
+
+# here and not in __init__, which exported Hub code does not have
+for _model_class in (MiMoV2Model, MiMoV2ForCausalLM):
+    register_checkpoint_conversion_mapping(_model_class.__name__, expert_conversions(), overwrite=True)
 
 
 __all__ = ["MiMoV2ForCausalLM", "MiMoV2Model", "MiMoV2PreTrainedModel"]

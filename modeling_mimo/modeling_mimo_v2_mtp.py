@@ -13,10 +13,15 @@
 # limitations under the License.
 """The MTP heads: a sliding layer each, which pairs hidden states of the trunk with embeddings of later tokens."""
 
+import copy
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .configuration_mimo_v2 import MiMoV2Config
 from .modeling_mimo_v2_base import MiMoV2MLP, MiMoV2RMSNorm
@@ -86,5 +91,107 @@ class MiMoV2MTP(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([MiMoV2MTPLayer(config, index) for index in range(config.num_mtp_layers)])
 
+    def forward(self, embeddings: torch.Tensor, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ...]:
+        """What each head says at every position, for training.
 
-__all__ = ["MiMoV2MTP", "MiMoV2MTPLayer"]
+        Args:
+            embeddings, hidden_states: [B, S, hidden] that go into the trunk, and that come out before its final norm.
+            kwargs: position embeddings and mask of a sliding layer.
+
+        Returns:
+            Per head k [B, S, hidden] for `lm_head`; the last 1 + k positions, whose next tokens are not in the
+            sequence, mean nothing.
+        """
+        outputs = []
+        for head, layer in enumerate(self.layers):
+            later = F.pad(embeddings[:, 1 + head :], (0, 0, 0, min(1 + head, embeddings.shape[1])))
+            outputs.append(layer(later, hidden_states, **kwargs))
+        return tuple(outputs)
+
+    def replicate(self, count: int) -> None:
+        """Makes the heads `count` copies of the first one."""
+        copies = [copy.deepcopy(self.layers[0]) for _ in range(count - 1)]
+        for index, layer in enumerate(copies, start=1):
+            layer.self_attn.layer_idx = index
+        self.layers = nn.ModuleList([self.layers[0], *copies])
+
+
+def mtp_targets(
+    labels: torch.Tensor, head: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """[B, S] what `head` is to say at every position: the label 2 + head tokens later, -100 where there is none.
+
+    Args:
+        attention_mask: [B, S]; nothing is said at padding. Masks of another form do not tell.
+        position_ids: [B, S] or [1, S]; a token of another packed sequence is no target.
+    """
+    distance = 2 + head
+    targets = F.pad(labels[:, distance:], (0, min(distance, labels.shape[1])), value=-100)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == labels.shape:
+        targets = targets.masked_fill(attention_mask == 0, -100)
+    if position_ids is None or labels.shape[1] <= distance:
+        return targets
+    follows = position_ids[:, distance:] - position_ids[:, :-distance] == distance
+    return targets.masked_fill(~F.pad(follows, (0, distance)), -100)
+
+
+@dataclass
+class MiMoV2ModelOutputWithPast(MoeModelOutputWithPast):
+    """`mtp_hidden_states`: of each MTP head [B, S, hidden] for `lm_head`, where the heads were asked to run."""
+
+    mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MiMoV2CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """`mtp_losses`: of each MTP head, unweighted, where they are part of `loss`."""
+
+    mtp_losses: tuple[torch.Tensor, ...] | None = None
+
+
+class MiMoV2MTPTrainingMixin:
+    """What MiMoV2ForCausalLM needs to train its MTP heads."""
+
+    def mtp_losses(
+        self,
+        mtp_hidden_states: tuple[torch.Tensor, ...],
+        labels: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, ...]:
+        """Loss of each MTP head, aligned as `generate` uses them: head k at position i against the token i + 2 + k."""
+        losses = []
+        for head, hidden_states in enumerate(mtp_hidden_states):
+            targets = mtp_targets(labels, head, attention_mask, position_ids)
+            logits = self.lm_head(hidden_states)
+            # a sequence too short for this head has no target, of which the mean would be NaN
+            if bool((targets == -100).all()):
+                losses.append(logits.sum() * 0.0)
+                continue
+            losses.append(self.loss_function(logits, labels, self.vocab_size, shift_labels=targets, **kwargs))
+        return tuple(losses)
+
+    def replicate_mtp_head(self, count: int = 3) -> None:
+        """Replaces the MTP heads by `count` copies of the first one, to be trained together.
+
+        The released recipe: one head is pre-trained beside the trunk, copied to three, and these are trained jointly.
+
+        Raises:
+            ValueError: the model has no head; a count below 1.
+        """
+        if self.model.mtp is None:
+            raise ValueError("`replicate_mtp_head`: expected a model with an MTP head, got one without.")
+        if count < 1:
+            raise ValueError(f"`count`: expected at least 1, got {count!r}.")
+        self.model.mtp.replicate(count)
+        self.config.num_mtp_layers = count
+
+
+__all__ = [
+    "MiMoV2CausalLMOutputWithPast",
+    "MiMoV2MTP",
+    "MiMoV2MTPLayer",
+    "MiMoV2MTPTrainingMixin",
+    "MiMoV2ModelOutputWithPast",
+]
