@@ -11,6 +11,7 @@ from importlib.metadata import version
 # a subcommand is a module beside this one with `add_parser(subparsers)` and `run(args) -> int`; its heavy imports
 # belong inside `run`, so that `mimo --help` stays quick
 SUBCOMMANDS = (
+    "bench",
     "chat",
     "demo",
     "inspect",

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import auto_docstring
 
 from .configuration_mimo_v2 import MiMoV2Config
 from .modeling_mimo_v2_base import MiMoV2MLP, MiMoV2RMSNorm
@@ -135,16 +136,24 @@ def mtp_targets(
     return targets.masked_fill(~F.pad(follows, (0, distance)), -100)
 
 
+@auto_docstring(custom_intro="What the trunk returns, and the MTP heads where they were asked to run.")
 @dataclass
 class MiMoV2ModelOutputWithPast(MoeModelOutputWithPast):
-    """`mtp_hidden_states`: of each MTP head [B, S, hidden] for `lm_head`, where the heads were asked to run."""
+    r"""
+    mtp_hidden_states (`tuple[torch.Tensor]`, *optional*):
+        Of each MTP head `(batch_size, sequence_length, hidden_size)`, for `lm_head`.
+    """
 
     mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+@auto_docstring(custom_intro="Logits, and losses for `labels`.")
 @dataclass
 class MiMoV2CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """`mtp_losses`: of each MTP head, unweighted, where they are part of `loss`."""
+    r"""
+    mtp_losses (`tuple[torch.Tensor]`, *optional*):
+        Of each MTP head, unweighted, where they are part of `loss`.
+    """
 
     mtp_losses: tuple[torch.Tensor, ...] | None = None
 
