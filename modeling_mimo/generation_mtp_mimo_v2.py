@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 
 from .cache_mimo_v2 import HybridCache
 from .drafting_depth_mimo_v2 import AutoDepth, FixedDepth
@@ -90,6 +95,8 @@ class Chooser:
         Processors count columns and may know each row of the batch: once per length of a row all rows go in, and those
         of this length count.
         """
+        if not self.logits_processor:
+            return logits
         scores = torch.empty_like(logits)
         for places in by_length(ids):
             length = len(ids[places[0]])
@@ -130,6 +137,29 @@ def by_length(ids: list[torch.Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
+class Ending:
+    """Which rows end with their last token, as the stopping criteria of `generate` say."""
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        # what every step asks looks at the last token or the length alone, so that rows need not be of one length
+        self.eos = [criterion for criterion in criteria if type(criterion) is EosTokenCriteria]
+        lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
+        self.max_length = min(lengths, default=None)
+        known = (EosTokenCriteria, MaxLengthCriteria)
+        self.others = StoppingCriteriaList([criterion for criterion in criteria if type(criterion) not in known])
+
+    def of(self, ids: list[torch.Tensor], scores: torch.Tensor) -> list[bool]:
+        """Per row; `scores` [rows, vocab] are those that its last token was chosen by."""
+        last = torch.stack([row[-1] for row in ids])[:, None]
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=last.device)
+        for criterion in self.eos:
+            ended |= criterion(last, scores)
+        for places in by_length(ids) if self.others else []:
+            ended[places] |= self.others(torch.stack([ids[place] for place in places]), (scores[places],))
+        full = [self.max_length is not None and len(row) >= self.max_length for row in ids]
+        return [end or long for end, long in zip(ended.tolist(), full)]
+
+
 class MTPDecoder:
     """The loop of draft, verify, take and roll back for a batch, every row at its own pace.
 
@@ -151,7 +181,7 @@ class MTPDecoder:
         keeps_scores: bool,
     ):
         self.model, self.rows, self.chooser = model, rows, chooser
-        self.stopping_criteria, self.cache, self.depths = stopping_criteria, cache, depths
+        self.ending, self.cache, self.depths = Ending(stopping_criteria), cache, depths
         self.keeps_scores = keeps_scores
         heads = len(model.model.mtp.layers)
         self.stats = MTPStats([0] * heads, [0] * heads, [0] * (heads + 1))
@@ -215,11 +245,8 @@ class MTPDecoder:
             if self.keeps_scores:
                 row.scores.append(score)
                 row.logits.append(behind)
-        for group in by_length([row.ids for row in rows]):
-            ids = torch.stack([rows[place].ids for place in group])
-            ended = self.stopping_criteria(ids, (scores[group],))
-            for place, end in zip(group, ended.tolist()):
-                rows[place].finished = end
+        for row, end in zip(rows, self.ending.of([row.ids for row in rows], scores)):
+            row.finished = end
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Drafts behind the next token of each row, verifies, takes; returns the next tokens [batch]."""
