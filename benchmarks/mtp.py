@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"float32; trained for {minutes:g} minutes ({steps[0]} + {steps[1]} steps of {BATCH} x {LENGTH} tokens) "
         f"on the standard library of Python. {tokens} greedy tokens behind {PROMPT} of unseen modules; 4 prompts at "
         f"batch 1, 8 at batch 8; medians of {options.repeats}. `possible` is tokens per step x t(1) / (t(1 + drafts) "
-        "+ drafting), with t(n) a forward over n tokens; `of it` is the measured speed-up behind the prefill over that."
+        "+ drafting), with t(n) a forward over n tokens; `of it` is the measured speed-up behind the prefill over it."
     )
     headings = [
         "run",

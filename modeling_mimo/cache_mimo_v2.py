@@ -173,6 +173,20 @@ class _BufferedCacheLayer(CacheLayerMixin):
                 # clone: source and target slots overlap
                 row[:, amount:] = row[:, : self.stored - amount].clone()
 
+    def align_rows(self, ends: Sequence[int], length: int) -> None:
+        """Moves batch row i, which ends in the last slot, to end before slot `ends[i]` of `length` slots; zeros
+        behind it."""
+        if not self.is_initialized:
+            return
+        stored, aligned = min(self.stored, length), []
+        with _storage_mode():
+            for rows in self.live_rows():
+                aligned.append(torch.zeros_like(rows[:, :, :stored]))
+                for target, row, end in zip(aligned[-1], rows, ends):
+                    kept = max(0, stored - (length - end))
+                    target[:, :kept] = row[:, self.stored - kept :]
+        self.load_rows(aligned, length)
+
     @_storage_mode()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Batch row i becomes the former row `beam_idx[i]`."""
@@ -482,14 +496,26 @@ class HybridCache(Cache):
         for layer in layers:
             layer.crop(tokens_to_remove)
 
-    def shift_rows(self, amounts: Sequence[int]) -> None:
+    def shift_rows(self, amounts: Sequence[int], global_amounts: Sequence[int] | None = None) -> None:
         """Removes the last `amounts[i]` tokens of batch row i, so that every row still ends in the last slot.
 
         As many slots ahead of the row hold nothing of it afterwards: the attention mask has to hide them. Exact for
         rows that lose no more than `max_rollback` tokens together with `crop`, and gain more before they lose again.
+
+        Args:
+            global_amounts: another number in global layers, where moving a row costs as much as its context is long.
         """
         for layer in self.layers:
-            layer.shift_rows(amounts)
+            is_global = isinstance(layer, GlobalCacheLayer)
+            layer.shift_rows(global_amounts if is_global and global_amounts is not None else amounts)
+
+    def align_rows(self, ends: Sequence[int], length: int) -> None:
+        """Moves batch row i, which ends in the last slot, so that it ends before slot `ends[i]` of `length` slots.
+
+        The inverse of what `shift_rows` added up to; the slots behind a row hold nothing, masks have to hide them.
+        """
+        for layer in self.layers:
+            layer.align_rows(ends, length)
 
     def snapshot(self) -> CacheSnapshot:
         """Remembers the present state; costs a copy of the sliding windows only. Any number of restores may follow."""

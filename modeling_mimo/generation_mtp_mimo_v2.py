@@ -79,7 +79,8 @@ class Row:
     def __init__(self, ids: torch.Tensor, heads: int):
         self.ids = ids
         self.scores, self.logits = [], []
-        self.finished = False
+        # whether it has ended, and whether the trunk has then seen its last token, because other rows went on
+        self.finished = self.closed = False
         self.counts = {"proposed": [0] * heads, "accepted": [0] * heads, "tokens": 0, "forwards": 0}
 
 
@@ -163,7 +164,8 @@ class Ending:
 class MTPDecoder:
     """The loop of draft, verify, take and roll back for a batch, every row at its own pace.
 
-    `padding` [batch]: slots in front of each row in the cache that hold no token of it.
+    `padding` [batch]: slots in front of each row in the cache that hold no token of it. `behind` [batch]: slots behind
+    an ended row in global layers.
 
     Args:
         depths: how many drafts a step has, a FixedDepth or an AutoDepth.
@@ -197,6 +199,7 @@ class MTPDecoder:
         self.stats.forwards += 1
         self.depths.start(self.stats.seconds["verify"])
         self.padding, total = padding, self.cache.get_seq_length()
+        self.behind = torch.zeros_like(padding)
         self.states.begin(torch.minimum(total - padding, torch.full_like(padding, total - before)))
         return logits
 
@@ -266,8 +269,10 @@ class MTPDecoder:
     def verify(self, drafts: torch.Tensor, distributions: list[torch.Tensor | None], logits: torch.Tensor):
         """Takes the drafts of each row as far as the trunk agrees, and then its own token; returns [batch] how many
         of the tokens that it has just seen stay in the cache."""
-        # slots of a row that has ended do not matter any more, and need not be moved
-        kept = torch.full((len(drafts),), drafts.shape[1], device=drafts.device)
+        # of a row that has ended, its last token and nothing more
+        kept = torch.tensor([int(row.finished and not row.closed) for row in self.rows], device=drafts.device)
+        for row in self.rows:
+            row.closed = row.finished
         going = [place for place, row in enumerate(self.rows) if not row.finished]
         for place in going:
             counts = self.rows[place].counts
@@ -300,10 +305,23 @@ class MTPDecoder:
         most = int(kept.max())
         self.cache.crop(most - seen)
         moved = most - kept
-        self.cache.shift_rows(moved.tolist())
+        # an ended row is hidden in global layers until the end, where it is moved once
+        self.behind += torch.where(kept == 0, moved, 0)
+        self.cache.shift_rows(moved.tolist(), torch.where(kept == 0, 0, moved).tolist())
         self.padding = self.padding + moved
         self.states.append(kept)
         self.heads.append(kept)
+
+    def align_cache(self) -> None:
+        """Puts every row into the slots that it would have without drafts: token i of its ids in slot i, all but the
+        last one of the longest row."""
+        length = max(len(row.ids) for row in self.rows) - 1
+        ends = [min(len(row.ids) - (not row.closed), length) for row in self.rows]
+        # a row that ended before the others may be the longest; the last token of the longest has no slot
+        over = torch.tensor([len(row.ids) - (not row.closed) - end for row, end in zip(self.rows, ends)])
+        self.cache.shift_rows(over.tolist(), (over.to(self.behind) + self.behind).tolist())
+        if any(end != self.cache.get_seq_length() for end in ends):
+            self.cache.align_rows(ends, length)
 
     def finished_stats(self) -> MTPStats:
         self.stats.rows = [row.counts for row in self.rows]
@@ -388,6 +406,7 @@ def mtp_decoding(
         tokens = decoder.step(tokens)
     if streamer is not None:
         streamer.end()
+    decoder.align_cache()
     stats = decoder.finished_stats()
     stats.seconds["other"] = time.perf_counter() - started - stats.seconds["draft"] - stats.seconds["verify"]
     pad = generation_config._pad_token_tensor

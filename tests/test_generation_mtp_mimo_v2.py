@@ -1,14 +1,16 @@
 """`generate(use_mtp=True)`: the same tokens and distributions in fewer forwards, whatever batch, cache, criterion."""
 
 import pytest
+import safetensors
 import torch
+import transformers
 from mtp_reference import draft_logits
 from reference import reference_hidden
 from tiny import SIGHT, SMALL, WINDOW, assert_near, page_weights, sight_model, tiny_dict, tiny_model, token_ids
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_mimo import HybridCache, generation_mtp_mimo_v2
+from modeling_mimo import HybridCache, MiMoV2ForCausalLM, generation_mtp_mimo_v2
 from modeling_mimo.conversion.small_tokenizer import build_small_tokenizer
 from modeling_mimo.drafting_depth_mimo_v2 import FixedDepth
 from modeling_mimo.drafting_mimo_v2 import DraftHeads
@@ -70,6 +72,50 @@ def test_greedy_tokens_are_those_without_drafts(model, batch, depth):
         ids, mask = prompts(batch, seed)
         expected = generate(model, ids, mask)
         assert torch.equal(generate(model, ids, mask, use_mtp=True, mtp_depth=depth), expected)
+
+
+@pytest.mark.parametrize("eos", [None, [*range(5, 30)]], ids=["to_the_length", "to_eos"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_greedy_tokens_of_conversations(model, batch, eos):
+    """50 conversations of two prompts each for every model, the second prompt behind the cache of the first."""
+    for seed in range(24 // batch):
+        options = {"max_new_tokens": 8, "eos_token_id": eos}
+        ids, mask = prompts(batch, 1000 + seed, 3 * WINDOW)
+        caches = {use: HybridCache(model.config) for use in (None, True)}
+        first, same = (
+            generate(model, ids, mask, use_mtp=use, past_key_values=caches[use], **options) for use in caches
+        )
+        assert torch.equal(first, same)
+        # what follows the end of a row is padding
+        is_end = torch.isin(first[:, ids.shape[1] :], torch.tensor(options["eos_token_id"] or []))
+        real = is_end.long().cumsum(-1) - is_end.long() == 0
+        mask = torch.cat((mask, real.long(), torch.ones(batch, 1 + seed % 5, dtype=torch.long)), dim=1)
+        ids = torch.cat((first, token_ids(batch, 1 + seed % 5, seed=seed)), dim=1)
+        if eos is not None and batch > 1:
+            # drafting goes on from rows without gaps alone
+            pair = [generate(model, ids, mask, past_key_values=cache, **options) for cache in caches.values()]
+        else:
+            pair = [generate(model, ids, mask, use_mtp=use, past_key_values=caches[use], **options) for use in caches]
+        assert torch.equal(*pair)
+
+
+def test_the_weights_are_read_once(tmp_path, monkeypatch):
+    """Loading opens each file; drafting opens none, whatever the number of calls."""
+    tiny_model(**SMALL).save_pretrained(tmp_path)
+    opened = []
+    for module in (safetensors, transformers.modeling_layers, transformers.modeling_utils):
+
+        def opening(file, *args, opener=module.safe_open, **kwargs):
+            opened.append(file)
+            return opener(file, *args, **kwargs)
+
+        monkeypatch.setattr(module, "safe_open", opening)
+    model = MiMoV2ForCausalLM.from_pretrained(tmp_path)
+    assert len(set(opened)) == 1
+    opened.clear()
+    for seed in range(3):
+        generate(model, token_ids(1, 9, seed=seed), use_mtp=True, max_new_tokens=6)
+    assert opened == []
 
 
 def test_agreeing_heads_are_often_right(often):

@@ -454,6 +454,21 @@ def test_each_turn_hears_only_what_is_new(omni, heard, chunk):
         cache.crop(inputs["input_ids"].shape[1] - cache.get_seq_length())
 
 
+def test_drafts_go_on_from_everything_seen_and_heard(omni, heard):
+    """Greedy tokens with MTP are those without, in a padded batch of all modalities and in a later turn."""
+    rows = [media_prompt(*OMNI_PROMPT), media_prompt(1, ("audio", 13), 4, seed=3)]
+    inputs = batched(*rows)
+    output = greedy(omni, inputs, 16, use_mtp=True, return_dict_in_generate=True)
+    assert output.sequences.tolist() == greedy(omni, inputs, 16).tolist()
+    assert sum(output.mtp_stats.proposed) > 0
+    cache = HybridCache(omni.config)
+    first, second = (5, ("audio", 10), 3), (5, ("audio", 10), 3, ("image", 1, 2, 4), ("audio", 3), 1)
+    greedy(omni, media_prompt(*first), 1, past_key_values=cache, use_mtp=True)
+    inputs, heard[:] = media_prompt(*second), []
+    assert greedy(omni, inputs, past_key_values=cache, use_mtp=True).tolist() == greedy(omni, inputs).tolist()
+    assert heard[0] == 1
+
+
 def test_beams_go_on_from_a_cache(omni, heard):
     first, second = (5, ("audio", 10), 3), (5, ("audio", 10), 3, ("audio", 6), 2)
     inputs = media_prompt(*second)
