@@ -25,7 +25,7 @@ QUERY_BLOCK = 512
 
 WEIGHTS_FORMULA = (
     "fp8: FP8 bytes and F32 scales, rows of each qkv_proj chunk padded to a multiple of 128; "
-    "else parameters x bytes, the router in fp32"
+    "else parameters x bytes, the router in fp32 (V2.6: bf16)"
 )
 KV_FORMULA = (
     "global layers: batch x context x kv_heads x (head_dim + v_head_dim) x bytes, up to 1/8 of it in reserve; "
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def plan_weights(config, tensors, dtype: str | None) -> dict:
     """Bytes in memory by part, from headers where there are some, else from the table of the config."""
     from modeling_mimo.checkpoint_mimo_v2 import check_tensors, sum_parts, take_mtp_layers_from_files
+    from modeling_mimo.mxfp4_mimo_v2 import MXFP4_GROUP
     from modeling_mimo.weight_mapping_mimo_v2 import FP8_BLOCK, released_tensors
 
     quantization = config.to_dict().get("quantization_config") or {}
@@ -108,17 +109,20 @@ def plan_weights(config, tensors, dtype: str | None) -> dict:
     dtype = dtype or ("fp8" if fp8 else "bf16")
     if dtype == "fp8" and not fp8:
         raise ValueError("--dtype: expected bf16, fp16 or fp32 for a checkpoint without FP8 weights, got 'fp8'.")
-    if dtype == "fp8" and quantization.get("store_dtype") == "mxfp4":
-        raise NotImplementedError("MXFP4 experts are not loadable yet; `--dtype bf16` plans a dequantized copy.")
+    # CODEPATH: V2.6 stores its experts as mxfp4, every other release as fp8
+    mxfp4 = dtype == "fp8" and quantization.get("store_dtype") == "mxfp4"
+    router_bytes = 2 if config.moe_router_dtype == "bfloat16" else 4
     table = released_tensors(config, "plain" if layout == "plain" else "chunked")
     parts: dict[str, int] = {}
     padding = 0
     for name, spec in table.items() if tensors is None or dtype != "fp8" else ():
         if tensors is not None and name not in tensors:
             continue
-        size = math.prod(spec.shape) * (4 if spec.part == "router" else max(BYTES[dtype], 2))
+        size = math.prod(spec.shape) * (router_bytes if spec.part == "router" else max(BYTES[dtype], 2))
         if dtype == "fp8" and spec.quantized:
             size = math.prod(spec.shape) + 4 * math.prod(spec.scale_shape)
+            if mxfp4 and spec.part == "experts":
+                size = math.prod(spec.shape) // 2 + math.prod(spec.shape) // MXFP4_GROUP
         parts[spec.part] = parts.get(spec.part, 0) + size
     if tensors is not None and dtype == "fp8":
         parts = {part: sums["bytes"] for part, sums in sum_parts(table, tensors).items()}

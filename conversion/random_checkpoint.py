@@ -7,10 +7,12 @@ only with `vision`, the audio part only with `audio`, else as in MiMo-V2.5-Pro),
 expert-parallel files without `__metadata__`, an alphabetical index, FP8 with 128 x 128 scales that are tiled per chunk
 in the fused `qkv_proj`, expert weights whose scale lies in another file, and an `audio_tokenizer/` folder that the
 index does not name. Only the sizes and the values are not Xiaomi's.
+
+With dtype "mxfp4" it is that of XiaomiMiMo/MiMo-V2.6-Flash-RL: routed experts in MXFP4, a bfloat16 router, and the
+keys of that config.json.
 """
 
 import argparse
-import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,208 +22,15 @@ import torch
 from safetensors.torch import save
 
 from .fp8 import quantize_chunks
-from .random_audio import audio_config, audio_shapes, write_random_audio_tokenizer
+from .mxfp4 import quantize_mxfp4
+from .random_audio import audio_shapes, write_random_audio_tokenizer
 from .random_common import new_folder, random_tensor, write_json
-from .random_media import PREPROCESSOR_STUB, PROCESSOR_CONFIG, vision_config, vision_shapes
+from .random_config import DTYPES, LAYOUTS, SIZES, check_config, released_config, small_token_id, token_count
+from .random_media import PREPROCESSOR_STUB, vision_shapes
 
-
-LAYOUTS = ("fused_qkv", "plain", "split")
-DTYPES = ("fp8", "bf16")
-
-# Tokens of the small tokenizer; the embedding has a few rows more, as the released one (151675 tokens, 152576 rows).
-TOKENS = 2048
-_RELEASED_TOKENS = 151675
 
 # MiMo-V2.5 publishes three draft layers and its config.json does not say so.
 _MTP_LAYERS = 3
-
-# MiMo-V2.5's config.json in its own order, without auto-generated lists and `quantization_config`.
-# None marks what a size or the tokenizer decides. The doubled and unread keys are the released file's.
-_CONFIG = {
-    "architectures": ["MiMoV2ForCausalLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_mimo_v2.MiMoV2Config",
-        "AutoModel": "modeling_mimo_v2.MiMoV2Model",
-        "AutoModelForCausalLM": "modeling_mimo_v2.MiMoV2ForCausalLM",
-    },
-    "attention_bias": False,
-    "attention_chunk_size": None,
-    "attention_dropout": 0.0,
-    "attention_value_scale": 0.707,
-    "attention_projection_layout": "fused_qkv",
-    "add_full_attention_sink_bias": False,
-    "add_swa_attention_sink_bias": True,
-    "audio_config": None,
-    "swa_num_key_value_heads": None,
-    "swa_num_attention_heads": None,
-    "swa_head_dim": None,
-    "swa_v_head_dim": None,
-    "dtype": "bfloat16",
-    "eos_token_id": 151645,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "hidden_size": None,
-    "hybrid_block_size": None,
-    "hybrid_layer_pattern": None,
-    "image_token_id": 151655,
-    "initializer_range": 0.02,
-    "intermediate_size": None,
-    "layernorm_epsilon": 1e-05,
-    "max_position_embeddings": None,
-    "model_type": "mimo_v2",
-    "moe_intermediate_size": None,
-    "moe_layer_freq": None,
-    "n_group": 1,
-    "n_routed_experts": None,
-    "n_shared_experts": None,
-    "norm_topk_prob": True,
-    "num_attention_heads": None,
-    "num_experts_per_tok": None,
-    "num_hidden_layers": None,
-    "num_key_value_heads": None,
-    "pad_token_id": 151643,
-    "partial_rotary_factor": 0.334,
-    "processor_config": None,
-    "quantization_config": None,
-    "rope_scaling": {"rope_type": "default", "type": "default"},
-    "rope_theta": 10000000,
-    "routed_scaling_factor": None,
-    "scoring_func": "sigmoid",
-    "sliding_window": None,
-    "sliding_window_size": None,
-    "swa_rope_theta": 10000,
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "transformers_version": "4.57.1",
-    "use_cache": True,
-    "v_head_dim": None,
-    "video_token_id": 151656,
-    "vision_config": None,
-    "vision_end_token_id": 151653,
-    "vision_model_type": "mimovl",
-    "vision_start_token_id": 151652,
-    "vocab_size": None,
-}
-_TOKEN_KEYS = [key for key in _CONFIG if key.endswith("_token_id")]
-_VISION_KEYS = ("processor_config", "vision_config", "vision_model_type")
-
-# MiMo-V2-Flash's differences: split projections, text only, older numbers. Its exact key order is unknown.
-_FLASH_DROPPED = [key for key in _CONFIG if key.startswith(("audio_", "image_", "video_", "vision_"))]
-_FLASH_DROPPED += ["auto_map", "attention_projection_layout", "dtype"]
-_FLASH_CHANGED = {
-    "architectures": ["MiMoV2FlashForCausalLM"],
-    "model_type": "mimo_v2_flash",
-    "rope_theta": 5000000,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.1",
-}
-
-# tiny (10M parameters): every asymmetry of the released models. 8 of 24 rotary dimensions, key and value heads of
-# different width, GA chunks of 136 rows and SWA chunks of 176 (neither divides by 128), window 8.
-# demo (55M), bench (143M): the released head widths 192 and 128, so GA chunks of 1088 = 8.5 blocks and SWA chunks of
-# 11 blocks, and the released window.
-SIZES = {
-    "tiny": {
-        "hidden_size": 256,
-        "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0, 1, 1],
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "swa_num_key_value_heads": 4,
-        "head_dim": 24,
-        "v_head_dim": 16,
-        "intermediate_size": 384,
-        "moe_intermediate_size": 128,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": 8,
-        "max_position_embeddings": 4096,
-        "vocab_size": 2176,
-    },
-    "demo": {
-        "hidden_size": 384,
-        "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0],
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "swa_num_key_value_heads": 4,
-        "head_dim": 192,
-        "v_head_dim": 128,
-        "intermediate_size": 1024,
-        "moe_intermediate_size": 128,
-        "n_routed_experts": 16,
-        "num_experts_per_tok": 4,
-        "sliding_window": 128,
-        "max_position_embeddings": 32768,
-        "vocab_size": 2304,
-    },
-}
-SIZES["bench"] = SIZES["demo"] | {
-    "hidden_size": 512,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "swa_num_key_value_heads": 8,
-    "intermediate_size": 2048,
-    "n_routed_experts": 32,
-    "num_experts_per_tok": 8,
-}
-
-
-def released_config(
-    size: str = "tiny",
-    dtype: str = "fp8",
-    layout: str = "fused_qkv",
-    overrides: dict | None = None,
-    vision: bool = False,
-    audio: bool = False,
-) -> dict:
-    """The contents of config.json: a released config with the sizes of SIZES[size].
-
-    vision: with `vision_config` and `processor_config`, as MiMo-V2.5; not with the "split" layout of MiMo-V2-Flash.
-    audio: with `audio_config` too; only with vision, as in every release.
-    overrides: config keys to set or add last, by their released spelling; they must fit together (a change of
-    `num_hidden_layers` needs `hybrid_layer_pattern` and `moe_layer_freq`). The list of layers that are not
-    quantized follows `num_hidden_layers`. `num_nextn_predict_layers` sets the draft layers (3 when absent).
-    ValueError: unknown size, dtype or layout; overrides that contradict each other.
-    """
-    for name, value, known in (("size", size, tuple(SIZES)), ("dtype", dtype, DTYPES), ("layout", layout, LAYOUTS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    if vision and layout == "split":
-        raise ValueError("vision is True, expected False with layout 'split': MiMo-V2-Flash is text only")
-    if audio and not vision:
-        raise ValueError("audio is True, expected vision too: every release that hears also sees")
-    config = copy.deepcopy(_CONFIG)
-    config.update(copy.deepcopy(SIZES[size]))
-    layers = len(config["hybrid_layer_pattern"])
-    config["num_hidden_layers"] = layers
-    config["moe_layer_freq"] = [0] + [1] * (layers - 1)
-    for key in ("num_attention_heads", "head_dim", "v_head_dim"):
-        config[f"swa_{key}"] = config[key]
-    config["sliding_window_size"] = config["attention_chunk_size"] = config["sliding_window"]
-    if vision:
-        config["vision_config"] = vision_config(size, config["hidden_size"])
-        config["processor_config"] = copy.deepcopy(PROCESSOR_CONFIG)
-    else:
-        config = {key: value for key, value in config.items() if key not in _VISION_KEYS}
-    if audio:
-        config["audio_config"] = audio_config(size, config["hidden_size"])
-    else:
-        del config["audio_config"]
-    if layout == "split":
-        config = {key: value for key, value in config.items() if key not in _FLASH_DROPPED} | _FLASH_CHANGED
-    config.update(overrides or {})
-    for key in _TOKEN_KEYS:
-        if key in config and key not in (overrides or {}):
-            config[key] = _small_token_id(config[key], config)
-    if vision and "processor_config" not in (overrides or {}):
-        media = config["processor_config"]
-        media.update({key: _small_token_id(media[key], config) for key in media if key.endswith("_token_id")})
-    if dtype == "bf16":
-        del config["quantization_config"]
-    else:
-        config["quantization_config"] = _quantization_config(config["num_hidden_layers"])
-    _check_config(config)
-    return config
 
 
 def released_tensors_random(config: dict, seed: int = 0, layout: str | None = None) -> dict[str, torch.Tensor]:
@@ -229,16 +38,19 @@ def released_tensors_random(config: dict, seed: int = 0, layout: str | None = No
 
     config: as `released_config` returns it. layout: "fused_qkv" (rows in chunks [Q_c | K_c | V_c], one per
     `num_key_value_heads`), "plain" (rows [Q | K | V]) or "split"; None takes what the config says.
-    Router weights and `e_score_correction_bias` are float32, everything else is bfloat16.
+    Router weights and `e_score_correction_bias` are float32, everything else is bfloat16; so is a router whose
+    `moe_router_dtype` says so.
 
     Linear weights have standard deviation 1 / sqrt(fan in), embeddings and sinks 1, norms 1 +- 0.1. A value depends
     on the seed and its name alone: the three layouts hold the same model.
     """
     layout = layout or ("fused_qkv" if config.get("attention_projection_layout") == "fused_qkv" else "split")
-    _check_config(config)
+    check_config(config)
     tensors = {}
     for name, shape in _split_shapes(config):
         tensors[name] = random_tensor(name, shape, seed)
+        if name.endswith("mlp.gate.weight") and config.get("moe_router_dtype") == "bfloat16":
+            tensors[name] = tensors[name].to(torch.bfloat16)
         # the audio encoder's projections are split in every layout
         if layout != "split" and name.startswith("model.") and name.endswith("self_attn.v_proj.weight"):
             names = [name.replace("v_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
@@ -261,7 +73,8 @@ def write_random_checkpoint(
 ) -> Path:
     """Write a random checkpoint in the released format and return its folder. The same arguments, the same bytes.
 
-    size: a key of SIZES. dtype: "fp8" or "bf16" (no scales, no `quantization_config`).
+    size: a key of SIZES. dtype: "fp8", "bf16" (no scales, no `quantization_config`) or "mxfp4" (MiMo-V2.6: MXFP4
+    experts with a `weight_scale`, the rest as in "fp8").
     layout: "fused_qkv" (MiMo-V2.5), "plain" (what re-exporters publish: the same config tag, but rows [Q | K | V]
     and one regular scale grid) or "split" (MiMo-V2-Flash: q_proj, k_proj, v_proj; model_type `mimo_v2_flash`).
     overrides, vision, audio: as in `released_config`. With vision the folder also gets the released stub
@@ -274,9 +87,9 @@ def write_random_checkpoint(
     config = released_config(size, dtype, layout, overrides, vision, audio)
     with new_folder(folder) as partial:
         tensors = released_tensors_random(config, seed, layout)
-        if dtype == "fp8":
+        if dtype != "bf16":
             chunks = config["num_key_value_heads"] if layout == "fused_qkv" else 1
-            tensors = _quantized(tensors, chunks)
+            tensors = _quantized(tensors, chunks, dtype)
         _write_weights(partial, tensors, config, dtype)
         write_json(partial / "config.json", config)
         write_json(partial / "generation_config.json", _generation_config(config))
@@ -288,34 +101,12 @@ def write_random_checkpoint(
             # Imported here: it brings in all of Transformers, which the tensors do not need.
             from .small_tokenizer import build_small_tokenizer, save_small_tokenizer
 
-            save_small_tokenizer(build_small_tokenizer(_tokens(config)), partial)
+            save_small_tokenizer(build_small_tokenizer(token_count(config)), partial)
     return Path(folder)
 
 
-def _tokens(config: dict) -> int:
-    return min(TOKENS, config["vocab_size"])
-
-
-def _small_token_id(released: int, config: dict) -> int:
-    """The small tokenizer ends with the released one's 32 added tokens in their order."""
-    return released - _RELEASED_TOKENS + _tokens(config)
-
-
-def _quantization_config(layers: int) -> dict:
-    # `model.decoder` is the draft layers' name inside the trainer; on disk they are `model.mtp.layers.N`.
-    ignored = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(layers)]
-    return {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "store_dtype": "fp8",
-        "ignored_layers": [*ignored, "model.decoder.self_attn.o_proj"],
-        "weight_block_size": [128, 128],
-    }
-
-
 def _generation_config(config: dict) -> dict:
-    eos = [_small_token_id(released, config) for released in (151643, 151645, 151672)]
+    eos = [small_token_id(released, config) for released in (151643, 151645, 151672)]
     return {
         "bos_token_id": eos[0],
         "eos_token_id": eos,
@@ -324,17 +115,6 @@ def _generation_config(config: dict) -> dict:
         "temperature": 1.0,
         "max_new_tokens": 2048,
     }
-
-
-def _check_config(config: dict) -> None:
-    layers = config["num_hidden_layers"]
-    for key in ("hybrid_layer_pattern", "moe_layer_freq"):
-        if len(config[key]) != layers:
-            raise ValueError(f"{key} has {len(config[key])} entries, expected num_hidden_layers = {layers}")
-    chunks = config["num_key_value_heads"]
-    for key in ("num_attention_heads", "swa_num_attention_heads", "swa_num_key_value_heads"):
-        if config[key] % chunks:
-            raise ValueError(f"{key} is {config[key]}, expected a multiple of num_key_value_heads = {chunks}")
 
 
 def _split_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -386,13 +166,18 @@ def _mlp_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tup
     yield prefix + "down_proj.weight", (hidden, inner)
 
 
-def _quantized(tensors: dict[str, torch.Tensor], qkv_chunks: int) -> dict[str, torch.Tensor]:
-    """The language model's qkv and MLP projections become FP8 and get a `<name>_scale_inv` each; the rest stays."""
+def _quantized(tensors: dict[str, torch.Tensor], qkv_chunks: int, dtype: str) -> dict[str, torch.Tensor]:
+    """The language model's qkv and MLP projections become FP8 and get a `<name>_scale_inv` each; the rest stays.
+
+    With dtype "mxfp4" the routed experts become MXFP4 instead and get a `<name>_scale`.
+    """
     kinds = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     stored = {}
     for name, tensor in tensors.items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in kinds and name.startswith("model."):
+        if dtype == "mxfp4" and ".mlp.experts." in name:
+            stored[name], stored[name + "_scale"] = quantize_mxfp4(tensor)
+        elif kind in kinds and name.startswith("model."):
             chunks = qkv_chunks if kind == "qkv_proj" else 1
             stored[name], stored[name + "_scale_inv"] = quantize_chunks(tensor, chunks)
         else:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 
-from .configuration_mimo_v2 import MiMoV2Config
-from .weight_mapping_mimo_v2 import ReleasedTensor, released_tensors
+from .configuration_mimo_v2 import FLASH_MODEL_TYPE, MiMoV2Config
+from .weight_mapping_mimo_v2 import MXFP4_PER_BYTE, ReleasedTensor, released_tensors, weight_name
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,10 +30,19 @@ DTYPE_BITS = {
     "F4": 4,
 }
 FP8_DTYPE = "F8_E4M3"
+MXFP4_DTYPE = "U8"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 
 # the limit of the safetensors library itself; the largest released header is about 1.3 MB
 MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_BYTES = MAX_HEADER_BYTES
+
+# Opening brackets and commas of one JSON file, counted before it is parsed: an empty list takes 3 bytes in the file
+# and 64 in memory. A header has about nine per tensor; the largest release has 160,040 tensors in all its files.
+MAX_JSON_MARKS = 2_500_000
+MAX_TENSORS = 250_000
+MAX_NAME_LENGTH = 500
+MAX_DIMENSIONS = 8
 
 # names of one kind in an error message, so that 73,081 missing tensors stay readable
 MAX_LISTED = 200
@@ -70,23 +79,71 @@ def _listing(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _shown(value: Any) -> str:
+    """`repr`, cut where a hostile file would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise ValueError(f"duplicate key {duplicate!r}")
+        seen: set[str] = set()
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"duplicate key {_shown(duplicate)}")
     return result
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name}, which is no JSON number")
+
+
 def _parse_json_object(text: bytes, what: str) -> dict[str, Any]:
+    marks = sum(text.count(mark) for mark in (b"{", b"[", b","))
+    if marks > MAX_JSON_MARKS:
+        raise ValueError(f"{what}: expected at most {MAX_JSON_MARKS:,} brackets and commas of JSON, got {marks:,}.")
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: expected a JSON object without duplicate keys, got {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what}: expected a JSON object, got {type(value).__name__}.")
     return value
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Contents of a JSON file that may come from anyone: bounded in size and memory, no NaN, no key twice.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a JSON object, or too large; one line that names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a JSON file, got {'a folder' if path.is_dir() else 'nothing'}.")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON, got {size}.")
+    return _parse_json_object(path.read_bytes(), str(path))
+
+
+def read_config(path: str | Path) -> MiMoV2Config:
+    """A MiMo-V2 `config.json`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, of another architecture, or a field of a wrong kind; one line that names the file.
+        NotImplementedError: a field that no release has.
+    """
+    values = read_json_object(path)
+    known = (MiMoV2Config.model_type, FLASH_MODEL_TYPE)
+    if (model_type := values.get("model_type")) not in known:
+        expected = " or ".join(map(repr, known))
+        raise ValueError(f"{path}: `model_type`: expected {expected}, got {_shown(model_type)}.")
+    try:
+        return MiMoV2Config.from_dict(values)
+    except ValueError as error:
+        # strict types repeat the value, which may be long
+        raise ValueError(f"{path}: {'; '.join(str(error).splitlines())[:2000]}") from error
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
@@ -118,6 +175,8 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
             )
         entries = _parse_json_object(file.read(length), f"{path}: header")
     entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise ValueError(f"{path}: expected at most {MAX_TENSORS} tensors, got {len(entries)}.")
     spans = {name: _parse_entry(path, name, entry) for name, entry in entries.items()}
     _check_spans(path, spans, size - 8 - length)
     return {name: TensorInfo(dtype, shape, end - begin, path) for name, (begin, end, dtype, shape) in spans.items()}
@@ -125,16 +184,22 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
     """(begin, end, dtype, shape) of one header entry; begin and end are bytes after the header."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {_shown(name)}"
+    if not _is_plain_name(name):
+        raise ValueError(f"{where}: expected a name of at most {MAX_NAME_LENGTH} printable characters.")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         got = sorted(entry) if isinstance(entry, dict) else entry
-        raise ValueError(f"{where}: expected dtype, shape and data_offsets, got {got!r}.")
+        raise ValueError(f"{where}: expected dtype, shape and data_offsets, got {_shown(got)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"{where}: expected a dtype out of {', '.join(DTYPE_BITS)}, got {dtype!r}.")
+        raise ValueError(f"{where}: expected a dtype out of {', '.join(DTYPE_BITS)}, got {_shown(dtype)}.")
     for key, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-            raise ValueError(f"{where}: expected {key} as a list of non-negative ints, got {value!r}.")
+            raise ValueError(f"{where}: expected {key} as a list of non-negative ints, got {_shown(value)}.")
+        if len(value) > MAX_DIMENSIONS or any(item >= 2**63 for item in value):
+            raise ValueError(
+                f"{where}: expected {key} of at most {MAX_DIMENSIONS} numbers below 2**63, got {_shown(value)}."
+            )
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if len(offsets) != 2 or bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise ValueError(
@@ -161,10 +226,21 @@ def read_index(path: str | Path) -> dict[str, str]:
     Raises:
         ValueError: not an index; one line that names the file, what was expected and what came.
     """
-    weight_map = _parse_json_object(Path(path).read_bytes(), str(path)).get("weight_map")
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{path}: expected `weight_map` as an object of file names, got {str(weight_map)[:80]}.")
+    if len(weight_map) > MAX_TENSORS:
+        raise ValueError(f"{path}: expected at most {MAX_TENSORS} tensors, got {len(weight_map)}.")
+    for name in (name for pair in weight_map.items() for name in pair if not _is_plain_name(name)):
+        raise ValueError(
+            f"{path}: expected names of at most {MAX_NAME_LENGTH} printable characters, got {_shown(name)}."
+        )
     return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a name can be printed: control characters in it would reach the terminal."""
+    return len(name) <= MAX_NAME_LENGTH and name.isprintable()
 
 
 def check_file_names(weight_map: dict[str, str]) -> None:
@@ -256,7 +332,7 @@ class Checkpoint:
         return cls(files, tensors)
 
     def slices(self) -> dict[str, Any]:
-        """Every tensor as a lazy `PySafeSlice`: `slices[name][:]` reads it, `slices[name][a:b]` only those rows.
+        """Every tensor as a lazy `PySafeSlice`: `slices[name][:]` reads it, and so does `slices[name][a:b]`.
 
         Opening reads headers only. The data is read with pread, not through a lasting map: a released shard has
         34 GB, and the default backend maps it copy-on-write, which a machine with less memory than one shard refuses
@@ -304,11 +380,13 @@ class CheckpointReport:
     layout: str
     layout_source: str
     fp8: bool
+    mxfp4: bool
     parts: dict[str, PartTotals]
     not_loaded: dict[str, int]
 
     def __str__(self) -> str:
-        lines = [f"layout: {self.layout}, from: {self.layout_source}", f"weights: {'FP8' if self.fp8 else 'not FP8'}"]
+        weights = ("FP8" if self.fp8 else "not FP8") + (", experts MXFP4" if self.mxfp4 else "")
+        lines = [f"layout: {self.layout}, from: {self.layout_source}", f"weights: {weights}"]
         for part, totals in self.parts.items():
             note = " (known, not loaded)" if part in self.not_loaded else ""
             lines.append(
@@ -333,29 +411,24 @@ def check_tensors(
 ) -> CheckpointReport:
     """Compares headers with the checkpoint that `config` describes; every tensor must be known and of its shape.
 
-    A quantizable weight is F8_E4M3 with an F32 `<name>_scale_inv` of the exact grid, or a float without one.
+    A quantizable weight is F8_E4M3 with an F32 `<name>_scale_inv` of the exact grid, or a float without one; a routed
+    expert may also be MXFP4, i.e. U8 with a U8 `<name>_scale`, where `store_dtype` says so.
 
     Args:
         left_out: parts that the model at hand has no modules for; they may be missing as a whole.
 
     Raises:
         ValueError: one error that lists everything missing, unknown, mis-shaped or of a wrong dtype.
-        NotImplementedError: MXFP4 experts.
     """
-    mxfp4 = [name for name, info in tensors.items() if info.dtype == "U8" and f"{name}_scale" in tensors]
-    if mxfp4:
-        raise NotImplementedError(
-            f"MXFP4 experts are not loadable yet: {len(mxfp4)} U8 weights with a `weight_scale`, e.g. {mxfp4[0]}."
-        )
     layout, layout_source = find_layout(config, tensors)
     table = released_tensors(config, "plain" if layout == "plain" else "chunked")
-    problems = _compare(table, tensors, left_out)
+    problems = _compare(table, tensors, left_out) + _check_experts(config, table, tensors)
     if problems:
         raise CheckpointError(["the files do not match the config", *problems, *_hints(config, tensors, left_out)])
     parts = sum_parts(table, tensors)
     not_loaded = {part: parts[part]["tensors"] for part in left_out if part in parts}
-    fp8 = any(info.dtype == FP8_DTYPE for info in tensors.values())
-    return CheckpointReport(layout, layout_source, fp8, parts, not_loaded)
+    dtypes = {info.dtype for info in tensors.values()}
+    return CheckpointReport(layout, layout_source, FP8_DTYPE in dtypes, MXFP4_DTYPE in dtypes, parts, not_loaded)
 
 
 def find_layout(config: MiMoV2Config, tensors: dict[str, TensorInfo]) -> tuple[str, str]:
@@ -416,13 +489,20 @@ def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo], l
             if spec.part not in optional:
                 missing.append(name)
             continue
-        check(name, info, spec.shape, (FP8_DTYPE, *FLOAT_DTYPES) if spec.quantized else FLOAT_DTYPES)
-        if spec.quantized and info.dtype == FP8_DTYPE:
-            scale = tensors.get(f"{name}_scale_inv")
-            if scale is None:
-                missing.append(f"{name}_scale_inv")
-            else:
-                check(f"{name}_scale_inv", scale, spec.scale_shape, ("F32",))
+        scale = None
+        # CODEPATH: the experts of V2.6 are MXFP4, all other quantized weights of every release are FP8
+        if spec.part == "experts" and info.dtype == MXFP4_DTYPE:
+            shape, scale_shape = spec.mxfp4_shapes
+            check(name, info, shape, (MXFP4_DTYPE,))
+            scale = f"{name}_scale", scale_shape, MXFP4_DTYPE
+        else:
+            check(name, info, spec.shape, (FP8_DTYPE, *FLOAT_DTYPES) if spec.quantized else FLOAT_DTYPES)
+            if spec.quantized and info.dtype == FP8_DTYPE:
+                scale = f"{name}_scale_inv", spec.scale_shape, "F32"
+        if scale is not None and scale[0] not in tensors:
+            missing.append(scale[0])
+        elif scale is not None:
+            check(scale[0], tensors[scale[0]], scale[1], scale[2:])
     unknown = [name for name in tensors if name not in known]
     return [
         f"{what} ({len(names)}): {_listing(names)}"
@@ -434,6 +514,29 @@ def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo], l
         )
         if names
     ]
+
+
+def _check_experts(
+    config: MiMoV2Config, table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo]
+) -> list[str]:
+    """Experts that are stacked into one tensor but stored in several ways, or not as `store_dtype` says."""
+    stored: dict[str, set[str]] = {}
+    for name, spec in table.items():
+        if spec.part == "experts" and name in tensors:
+            stored.setdefault(spec.target, set()).add(tensors[name].dtype)
+    quantized = (FP8_DTYPE, MXFP4_DTYPE)
+    mixed = [
+        f"{target} ({' and '.join(sorted(dtypes))})"
+        for target, dtypes in stored.items()
+        if len(dtypes) > 1 and dtypes.intersection(quantized)
+    ]
+    problems = [f"experts of several dtypes ({len(mixed)}): {_listing(mixed)}"] if mixed else []
+    # V2.5-Pro, which has FP8 experts, does not give it
+    said = (config.to_dict().get("quantization_config") or {}).get("store_dtype", "fp8")
+    for store_dtype, dtype, other in (("mxfp4", MXFP4_DTYPE, FP8_DTYPE), ("fp8", FP8_DTYPE, MXFP4_DTYPE)):
+        if said == store_dtype and any(other in dtypes for dtypes in stored.values()):
+            problems.append(f"`store_dtype` of quantization_config: {said!r} expects {dtype} experts, got {other}")
+    return problems
 
 
 def _hints(config: MiMoV2Config, tensors: dict[str, TensorInfo], left_out: Collection[str]) -> list[str]:
@@ -460,14 +563,14 @@ def sum_parts(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo]) 
     """Totals per part of `table`; a scale counts for the part of its weight, an unknown name for "unknown"."""
     parts: dict[str, PartTotals] = {}
     for name, info in tensors.items():
-        weight = name.removesuffix("_inv").removesuffix("_scale")
+        weight = weight_name(name)
         is_scale = weight != name and name not in table
         part = table[weight].part if weight in table else "unknown"
         totals = parts.setdefault(part, {"tensors": 0, "bytes": 0, "parameters": 0, "dtypes": {}})
         totals["tensors"] += 1
         totals["bytes"] += info.nbytes
-        # an MXFP4 weight has two values per byte
-        totals["parameters"] += 0 if is_scale else math.prod(info.shape) * (2 if info.dtype == "U8" else 1)
+        per_element = MXFP4_PER_BYTE if info.dtype == MXFP4_DTYPE else 1
+        totals["parameters"] += 0 if is_scale else math.prod(info.shape) * per_element
         totals["dtypes"][info.dtype] = totals["dtypes"].get(info.dtype, 0) + 1
     return parts
 
@@ -481,8 +584,10 @@ __all__ = [
     "check_file_names",
     "check_tensors",
     "find_layout",
+    "read_config",
     "read_header",
     "read_index",
+    "read_json_object",
     "sum_parts",
     "take_mtp_layers_from_files",
 ]

@@ -66,6 +66,7 @@ POSITIVE_FIELDS = (
 LARGEST = {
     "num_hidden_layers": 1024,
     "num_mtp_layers": 64,
+    "num_nextn_predict_layers": 64,
     "depth": 1024,
     "input_local_layers": 1024,
     "audio_channels": 1024,
@@ -307,9 +308,9 @@ class MiMoV2Config(PreTrainedConfig):
         for key, expected in FIXED_KEYS.items():
             if (got := kwargs.pop(key, expected[0])) not in expected:
                 raise ValueError(f"`{key}`: expected one of {list(expected)}, the released architecture, got {got!r}.")
+        self._check_sizes(kwargs)
         if any(key in kwargs for key in RELEASED_MARKS):
             self._read_released_keys(kwargs)
-        self._check_sizes()
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, (str, int, list)):
             raise ValueError(f"`quantization_config`: expected a dictionary or nothing, got {quantization!r}.")
@@ -323,10 +324,9 @@ class MiMoV2Config(PreTrainedConfig):
         if isinstance(quantization, dict) and quantization.get("quant_method") == RELEASED_QUANT_METHOD:
             self.quantization_config = {**quantization, "quant_method": QUANT_METHOD}
 
-    def _check_sizes(self) -> None:
-        _refuse_large(
-            {field: getattr(self, field) for field in (*POSITIVE_FIELDS, "n_routed_experts", "num_mtp_layers")}
-        )
+    def _check_sizes(self, released: dict[str, Any]) -> None:
+        own = {field: getattr(self, field) for field in (*POSITIVE_FIELDS, "n_routed_experts", "num_mtp_layers")}
+        _refuse_large({**own, **{field: value for field, value in released.items() if field in LARGEST}})
         if (experts := self.num_hidden_layers * self.n_routed_experts) > MOST_EXPERTS:
             raise ValueError(f"`n_routed_experts`: expected at most {MOST_EXPERTS} over all layers, got {experts}.")
         for part in ("vision_config", "audio_config"):
@@ -524,8 +524,13 @@ class MiMoV2Config(PreTrainedConfig):
         # the switch decides how the file's window is read, so it joins the file; other overrides come after it
         if (switch := kwargs.pop("sliding_window_includes_query", None)) is not None:
             config_dict = {**config_dict, "sliding_window_includes_query": switch}
-        source = copy.deepcopy(config_dict)
-        as_read = super().from_dict(copy.deepcopy(config_dict))
+        try:
+            source = copy.deepcopy(config_dict)
+            as_read = super().from_dict(copy.deepcopy(config_dict))
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+            # a field of a file may hold anything: what strict types let through stops at its first use
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ValueError(f"config.json: expected fields of the released kinds, got {problem}.") from error
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config.validate_consistency()

@@ -48,7 +48,7 @@ from .modeling_mimo_v2_text import (
 )
 from .modeling_mimo_v2_vision import MiMoV2VisionAttention, MiMoV2VisionModel, MiMoV2VisionRotaryEmbedding
 from .quantization_mimo_v2 import check_scales
-from .weight_mapping_mimo_v2 import expert_conversions, released_tensors
+from .weight_mapping_mimo_v2 import expert_conversions, released_tensors, weight_name
 
 
 logger = logging.get_logger(__name__)
@@ -159,9 +159,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
                 load_config.hf_quantizer.set_plain_layout(model)
             targets = released_tensors(model.config)
             state_dict = {
-                name: part
-                for name, part in slices.items()
-                if targets[name.removesuffix("_scale_inv")].part not in left_out
+                name: part for name, part in slices.items() if targets[weight_name(name)].part not in left_out
             }
             model.load_report = report
             logger.info(str(report))

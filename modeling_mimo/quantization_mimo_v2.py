@@ -2,6 +2,9 @@
 
 Transformers' own FP8 quantizer cannot read these files (its blocks are counted over the whole tensor, not per QKV
 chunk) and always dequantizes off CUDA; its linear and expert kernels are used as they are where the GPU has FP8.
+
+The MXFP4 experts of V2.6 are dequantized while loading, or kept packed and dequantized at use. Transformers' MXFP4
+quantizer is not used: it knows the transposed tensors of GPT-OSS alone, and its experts need Triton kernels.
 """
 
 import torch
@@ -16,7 +19,8 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 from .configuration_mimo_v2 import QUANT_METHOD, MiMoV2Config
 from .fp8_mimo_v2 import dequantize_blocks, dequantize_chunks, pad_chunks, unpad_chunks
 from .modeling_mimo_v2_text import MiMoV2Attention, MiMoV2Experts
-from .weight_mapping_mimo_v2 import FP8_BLOCK, expert_conversions
+from .mxfp4_mimo_v2 import EXPONENT_NAN, dequantize_mxfp4
+from .weight_mapping_mimo_v2 import FP8_BLOCK, MXFP4_GROUP, MXFP4_PER_BYTE, expert_conversions, weight_name
 
 
 LINEAR_NAMES = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,13 +28,14 @@ BLOCK_SIZE = (FP8_BLOCK, FP8_BLOCK)
 
 
 class MiMoV2FP8Config(FineGrainedFP8Config):
-    """How to load a released FP8 checkpoint.
+    """How to load a released FP8 checkpoint, or one with MXFP4 experts and everything else in FP8.
 
     Args:
         dequantize (`bool`, *optional*):
-            `True`: weights become the model's dtype while loading. `False`: they stay FP8 in memory and are
+            `True`: weights become the model's dtype while loading. `False`: they stay FP8 (MXFP4) in memory and are
             dequantized at use, with exactly the same numbers; on Hopper and later GPUs Transformers' FP8 kernels run
-            instead, which also quantize activations. `None`: `False` on Hopper and later, else `True`.
+            instead, which also quantize activations (MXFP4 experts are dequantized at use there too). `None`: `False`
+            on Hopper and later, else `True`.
         released (`dict`):
             The entries of the checkpoint's own `quantization_config`, written again on save.
 
@@ -47,11 +52,13 @@ class MiMoV2FP8Config(FineGrainedFP8Config):
         self.released = released
         if self.weight_block_size != BLOCK_SIZE:
             raise ValueError(f"`weight_block_size`: expected {BLOCK_SIZE}, got {self.weight_block_size}.")
-        # CODEPATH: V2.6 stores its experts as mxfp4, every other release as fp8
-        if released.get("store_dtype", "fp8") != "fp8":
-            raise NotImplementedError(
-                f"`store_dtype`: only 'fp8' experts can be loaded so far, got {released['store_dtype']!r} (MiMo-V2.6)."
-            )
+        # CODEPATH: V2.6 stores its experts as mxfp4, V2.5-Pro says nothing, every other release fp8
+        store_dtype = released.get("store_dtype", "fp8")
+        if store_dtype not in ("fp8", "mxfp4"):
+            raise ValueError(f"`store_dtype`: expected 'fp8' or 'mxfp4', got {store_dtype!r}.")
+        if (group := released.get("mxfp4_block_size", MXFP4_GROUP)) != MXFP4_GROUP:
+            raise ValueError(f"`mxfp4_block_size`: expected {MXFP4_GROUP}, got {group!r}.")
+        self.mxfp4_experts = store_dtype == "mxfp4"
 
     def to_dict(self):
         return {**self.released, "quant_method": self.quant_method}
@@ -104,6 +111,26 @@ class MiMoV2FP8Experts(MiMoV2Experts):
     forward = MiMoV2Experts.forward.__wrapped__
 
 
+class MiMoV2MXFP4Experts(MiMoV2Experts):
+    """Stacked experts that stay MXFP4, 4.25 bits per weight; each hit expert is dequantized when it runs."""
+
+    def __init__(self, config: MiMoV2Config):
+        super().__init__(config)
+        for name in ("gate_up_proj", "down_proj"):
+            experts, rows, columns = getattr(self, name).shape
+            packed = torch.empty(experts, rows, columns // MXFP4_PER_BYTE, dtype=torch.uint8)
+            scale = torch.empty(experts, rows, columns // MXFP4_GROUP, dtype=torch.uint8)
+            setattr(self, name, nn.Parameter(packed, requires_grad=False))
+            setattr(self, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+
+    def expert_weights(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up = dequantize_mxfp4(self.gate_up_proj[expert], self.gate_up_proj_scale[expert], dtype)
+        return gate_up, dequantize_mxfp4(self.down_proj[expert], self.down_proj_scale[expert], dtype)
+
+    # as in MiMoV2FP8Experts
+    forward = MiMoV2Experts.forward.__wrapped__
+
+
 class Dequantize(ConversionOps):
     """`[weight, weight_scale_inv]` of one linear layer -> `weight` in the dtype of the model's parameter."""
 
@@ -120,16 +147,20 @@ class DequantizeExperts(ConversionOps):
     """Per-expert weights and scales -> one stacked tensor, written expert by expert into its final place."""
 
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
-        weight_patterns = [pattern for pattern in source_patterns if not pattern.endswith("_scale_inv")]
+        weight_patterns = [pattern for pattern in source_patterns if weight_name(pattern) == pattern]
         target = model.get_parameter(full_layer_name)
         stacked = torch.empty(target.shape, dtype=target.dtype, device=input_dict[weight_patterns[0]][0].device)
         for part, pattern in zip(stacked.chunk(len(weight_patterns), dim=1), weight_patterns):
-            weights, scales = input_dict.pop(pattern), input_dict.pop(f"{pattern}_scale_inv", None)
+            # CODEPATH: V2.6 has MXFP4 experts and their scales, every other release FP8
+            scales = input_dict.pop(f"{pattern}_scale_inv", None) or input_dict.pop(f"{pattern}_scale", None)
+            weights = input_dict.pop(pattern)
             for expert in range(len(stacked)):
                 # dropping each source at once keeps the peak at one layer plus its FP8 codes
                 weight, weights[expert] = weights[expert], None
                 if scales is None:
                     part[expert].copy_(weight)
+                elif weight.dtype == torch.uint8:
+                    dequantize_mxfp4(weight, scales[expert], target.dtype, out=part[expert])
                 else:
                     dequantize_blocks(weight, scales[expert], target.dtype, out=part[expert])
         return {full_layer_name: stacked}
@@ -167,6 +198,11 @@ def _only(tensors):
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
+def _is_named(module: nn.Module, kind: type) -> bool:
+    """By name: a model of a second copy of these files (Hub remote code) has classes of its own."""
+    return type(module).__name__ == kind.__name__
+
+
 def _chunks(model: nn.Module, name: str) -> int:
     """Row groups that the scale grid of the named projection is counted in; `name` may end with a tensor's name."""
     prefix, fused, _ = name.rpartition(".qkv_proj")
@@ -177,19 +213,21 @@ def _chunks(model: nn.Module, name: str) -> int:
 
 
 def check_scales(slices: dict) -> None:
-    """Raises one `ValueError` naming every FP8 scale tensor that is not finite and non-negative.
+    """Raises one `ValueError` naming every FP8 or MXFP4 scale tensor that is not finite and non-negative.
 
     `slices`: name -> lazy tensor of a checkpoint. A bad scale would spread NaN through one block of weights.
     """
     bad = []
     for name, part in slices.items():
-        if name.endswith("_scale_inv"):
+        if weight_name(name) != name:
             scale = part[...]
-            if not bool((scale.isfinite() & (scale >= 0)).all()):
+            is_mxfp4 = scale.dtype == torch.uint8
+            good = scale != EXPONENT_NAN if is_mxfp4 else scale.isfinite() & (scale >= 0)
+            if not bool(good.all()):
                 bad.append(name)
     if bad:
         listed = ", ".join(bad[:20]) + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
-        raise ValueError(f"FP8 scales: expected finite, non-negative numbers, got others in {listed}.")
+        raise ValueError(f"scales: expected finite, non-negative numbers, got others in {listed}.")
 
 
 def has_fp8_kernels() -> bool:
@@ -224,13 +262,17 @@ class MiMoV2FP8Quantizer(HfQuantizer):
             if name.startswith(("visual.", "audio_encoder.")):
                 continue
             parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            if isinstance(module, MiMoV2Experts):
-                aligned = model.config.moe_intermediate_size % FP8_BLOCK == 0
-                kernels = has_fp8_kernels() and aligned
-                experts = FP8Experts(model.config, BLOCK_SIZE) if kernels else MiMoV2FP8Experts(model.config)
-                setattr(parent, leaf, experts)
+            if _is_named(module, MiMoV2Experts):
+                setattr(parent, leaf, self._quantized_experts(model.config))
             elif isinstance(module, nn.Linear) and leaf in LINEAR_NAMES:
                 setattr(parent, leaf, self._fp8_linear(module.in_features, module.out_features, _chunks(model, name)))
+
+    def _quantized_experts(self, config: MiMoV2Config) -> nn.Module:
+        # CODEPATH: V2.6 has MXFP4 experts, every other release FP8
+        if self.quantization_config.mxfp4_experts:
+            return MiMoV2MXFP4Experts(config)
+        aligned = config.moe_intermediate_size % FP8_BLOCK == 0
+        return FP8Experts(config, BLOCK_SIZE) if has_fp8_kernels() and aligned else MiMoV2FP8Experts(config)
 
     def _fp8_linear(self, in_features: int, out_features: int, chunks: int) -> nn.Module:
         if not has_fp8_kernels():
@@ -246,7 +288,7 @@ class MiMoV2FP8Quantizer(HfQuantizer):
             return
         with torch.device("meta"):
             for module in model.modules():
-                if isinstance(module, MiMoV2Attention):
+                if _is_named(module, MiMoV2Attention):
                     rows = sum(module.geometry.qkv_sizes)
                     module.qkv_proj = self._fp8_linear(module.qkv_proj.in_features, rows, chunks=1)
 
@@ -256,7 +298,7 @@ class MiMoV2FP8Quantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             experts = [
                 WeightConverter(
-                    [source + suffix for source in plain.source_patterns for suffix in ("", "_scale_inv")],
+                    [source + suffix for source in plain.source_patterns for suffix in ("", "_scale_inv", "_scale")],
                     plain.target_patterns,
                     [DequantizeExperts()],
                 )
@@ -268,7 +310,8 @@ class MiMoV2FP8Quantizer(HfQuantizer):
             ]
             return others + experts + linears
         padded = [WeightConverter("qkv_proj.weight", "qkv_proj.weight", [PadChunks()])] if has_fp8_kernels() else []
-        return others + expert_conversions() + expert_conversions("_scale_inv") + padded
+        scales = expert_conversions("_scale" if self.quantization_config.mxfp4_experts else "_scale_inv")
+        return others + expert_conversions() + scales + padded
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.quantization_config.dequantize:

@@ -18,6 +18,10 @@ from .configuration_mimo_v2_vision import MiMoV2VisionConfig
 # rows and columns of one FP8 scale block in every release
 FP8_BLOCK = 128
 
+# columns that share one exponent, and values per byte, of the MXFP4 experts of V2.6
+MXFP4_GROUP = 32
+MXFP4_PER_BYTE = 2
+
 
 class ReleasedTensor(NamedTuple):
     """One weight of a released checkpoint.
@@ -39,12 +43,23 @@ class ReleasedTensor(NamedTuple):
         rows, columns = self.shape
         return self.chunks * -(-rows // self.chunks // FP8_BLOCK), -(-columns // FP8_BLOCK)
 
+    @property
+    def mxfp4_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the U8 weight and the U8 `<name>_scale` that take its place in MXFP4."""
+        rows, columns = self.shape
+        return (rows, -(-columns // MXFP4_PER_BYTE)), (rows, -(-columns // MXFP4_GROUP))
+
+
+def weight_name(name: str) -> str:
+    """The weight that a `<name>_scale_inv` (FP8) or `<name>_scale` (MXFP4) belongs to; another name as it is."""
+    return name.removesuffix("_inv").removesuffix("_scale")
+
 
 def expert_conversions(suffix: str = "") -> list[WeightConverter]:
     """Per-expert tensors of the files to and from the two stacked tensors of a layer, for Transformers' loader.
 
     Args:
-        suffix: `""` for the weights, `"_scale_inv"` for the scale grids that FP8 modules keep beside them.
+        suffix: `""` for the weights, `"_scale_inv"` or `"_scale"` for what FP8 or MXFP4 modules keep beside them.
     """
     return [
         WeightConverter(

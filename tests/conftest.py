@@ -22,6 +22,7 @@ CHECKPOINTS = {
     "fp8_split": {"dtype": "fp8", "layout": "split"},
     "fp8_plain": {"dtype": "fp8", "layout": "plain"},
     "fp8_omni": {"dtype": "fp8", "layout": "fused_qkv", "vision": True, "audio": True},
+    "mxfp4": {"dtype": "mxfp4", "layout": "fused_qkv"},
 }
 
 

@@ -30,6 +30,14 @@ def dequantize(weight_fp8, scale, chunks=1, block=BLOCK):
     return torch.cat(parts)
 
 
+def dequantize_mxfp4(packed, scale):
+    """Two e2m1 codes per byte, the low nibble first, times 2 ** (scale - 127) for each 32 columns; 255 is NaN."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    codes = torch.stack([packed % 16, packed // 16], dim=-1).flatten(-2)
+    factor = torch.where(scale == 255, torch.nan, torch.exp2(scale.float() - 127))
+    return values[codes.long()] * factor.repeat_interleave(32, dim=-1)
+
+
 def split_qkv(weight, config, swa, qkv_layout="chunked"):
     """Fused rows -> (q, k, v). Chunk c is [Q heads of c | K heads of c | V heads of c]; "plain" is one chunk."""
     chunks = config["num_key_value_heads"] if qkv_layout == "chunked" else 1  # the global count, on SWA layers too
@@ -59,8 +67,15 @@ def reference_weights(tensors, config, through=None, qkv_layout="chunked"):
             if name.removesuffix("_scale_inv") not in tensors:
                 raise KeyError(f"scale without a weight: {name}")
             continue
+        if name.endswith("_scale"):
+            continue
+        if tensor.dtype == torch.uint8:  # the experts of V2.6
+            out[name] = dequantize_mxfp4(tensor, tensors[name + "_scale"])
+            if through is not None:
+                out[name] = out[name].to(through).to(torch.float32)
+            continue
         if not tensor.is_floating_point():
-            raise ValueError(f"{name}: {tensor.dtype} is not handled here")  # mxfp4 experts are U8
+            raise ValueError(f"{name}: {tensor.dtype} is not handled here")
         fused = name.endswith("self_attn.qkv_proj.weight")
         if tensor.element_size() == 1:
             chunks = config["num_key_value_heads"] if fused and qkv_layout == "chunked" else 1

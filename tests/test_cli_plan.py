@@ -186,7 +186,6 @@ def test_a_small_folder_with_files(tmp_path, capsys):
         (["MiMo-V2-Flash", "--prefill-chunk", "0"], "--prefill-chunk: expected a positive number of tokens"),
         (["MiMo-V2-Flash", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["MiMo-V9"], "expected a folder, a .safetensors file or one of"),
-        (["MiMo-V2.6-Flash-RL"], "MXFP4 experts are not loadable yet"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(capsys, args, message):
@@ -198,6 +197,9 @@ def test_bad_input_is_one_line_and_exit_status_2(capsys, args, message):
     assert error.count("\n") == 1
 
 
-def test_mxfp4_can_be_planned_dequantized(capsys):
+def test_mxfp4_experts_are_planned_as_stored_and_dequantized(capsys):
+    weights = plan_json(capsys, "MiMo-V2.6-Flash-RL")["weights"]
+    # all that is U8 in the release
+    assert weights["parts"]["experts"] == 160_859_947_008
     weights = plan_json(capsys, "MiMo-V2.6-Flash-RL", "--dtype", "bf16")["weights"]
     assert weights["parts"]["experts"] == 2 * 302_795_194_368

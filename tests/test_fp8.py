@@ -4,9 +4,14 @@ import concurrent.futures
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modeling_mimo import fp8_mimo_v2
+from modeling_mimo.conversion import fp8
 from modeling_mimo.conversion.fp8 import (
+    LARGEST_CODE,
+    SMALLEST_SCALE,
     dequantize_blocks,
     dequantize_chunks,
     pad_chunks,
@@ -203,6 +208,69 @@ def test_quantize_is_idempotent(shape):
     largest = scale.abs().amax() * 2.0**-10
     assert ((values - weight).abs() <= weight.abs() * 2.0**-4 * 1.00001 + largest).all()
     again, scale_again = quantize_blocks(values)
+    assert_same_bits(again, codes)
+    assert_same_bits(scale_again, scale)
+
+
+def quantize_reference(weight, block=128):
+    """Tile by tile, as the docstring says it."""
+    rows, cols = weight.shape
+    codes, scale = torch.empty(rows, cols, dtype=torch.uint8), torch.empty(scale_shape(rows, cols, block))
+    for top in range(0, rows, block):
+        for left in range(0, cols, block):
+            place = slice(top, top + block), slice(left, left + block)
+            tile = weight[place].float()
+            amax = tile.abs().max()
+            factor = (amax / LARGEST_CODE).clamp(min=SMALLEST_SCALE)
+            # up to a multiple of 16 units in the last place: 20 significant bits
+            factor = ((factor.view(torch.int32) + 15) // 16 * 16).view(torch.float32)
+            factor = torch.ones(()) if amax == 0 else factor
+            rounded = (tile / factor).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
+            codes[place] = rounded.view(torch.uint8)
+            scale[top // block, left // block] = factor
+    return codes.view(torch.float8_e4m3fn), scale
+
+
+@pytest.mark.parametrize("step", [2**13, 2**15, 2**17, 2**20])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_quantize_in_steps_of_any_size(step, dtype, monkeypatch):
+    monkeypatch.setattr(fp8, "_STEP", step)
+    weight = torch.randn(3, 128 * 5 + 17, 700, generator=torch.Generator().manual_seed(6)).to(dtype)
+    weight[1, 130:300] = 0
+    for matrix, *got in zip(weight, *quantize_blocks(weight)):
+        for ours, expected in zip(got, quantize_reference(matrix)):
+            assert_same_bits(ours, expected)
+    # rows that do not lie together
+    strided = weight[0].t()
+    for ours, expected in zip(quantize_blocks(strided), quantize_reference(strided)):
+        assert_same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (129, 650), (300, 699)])
+def test_quantize_finds_a_bad_value_anywhere(place, monkeypatch):
+    monkeypatch.setattr(fp8, "_STEP", 2**14)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        weight = torch.zeros(301, 700)
+        weight[place] = bad
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            quantize_blocks(weight)
+
+
+@given(
+    chunks=st.integers(1, 4),
+    rows=st.integers(1, 300),
+    cols=st.integers(1, 400),
+    seed=st.integers(0, 2**31),
+    spread=st.floats(0, 3),
+    center=st.floats(-80, 80),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_quantize_dequantize_quantize_is_quantize(chunks, rows, cols, seed, spread, center):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(chunks * rows, cols, generator=generator)
+    weight = weight * torch.exp2(torch.randn(chunks * rows, cols, generator=generator) * spread + center)
+    codes, scale = quantize_chunks(weight, chunks)
+    again, scale_again = quantize_chunks(dequantize_chunks(codes, scale, chunks, torch.float32), chunks)
     assert_same_bits(again, codes)
     assert_same_bits(scale_again, scale)
 

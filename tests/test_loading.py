@@ -19,6 +19,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 import modeling_mimo
 from modeling_mimo import MiMoV2Config, MiMoV2ForCausalLM, MiMoV2FP8Config, MiMoV2Model
 from modeling_mimo.conversion.random_checkpoint import write_random_checkpoint
+from modeling_mimo.quantization_mimo_v2 import MiMoV2MXFP4Experts
 from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
 
 
@@ -33,9 +34,11 @@ LAYOUT_OF = {
     "fp8_split": "split",
     "fp8_plain": "plain",
     "fp8_omni": "chunked",
+    "mxfp4": "chunked",
 }
 NAMES = list(LAYOUT_OF)
-FP8_NAMES = [name for name in NAMES if name.startswith("fp8")]
+# one of them has MXFP4 experts
+FP8_NAMES = [name for name in NAMES if not name.startswith("bf16")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 
@@ -73,6 +76,12 @@ def weights_by_name(folder, layout):
     return {
         name: weight for name, weight in weights.items() if not (name.startswith("model.") and name.endswith(derived))
     }
+
+
+def parameter_dtype(name, key, dtype=torch.bfloat16):
+    """Dtype of parameter `key` in a model of `dtype`; the router of V2.6 has the model's, its bias has not."""
+    kept = ROUTER[1:] if name == "mxfp4" else ROUTER
+    return torch.float32 if key.endswith(kept) else dtype
 
 
 def same_bits(left, right):
@@ -116,17 +125,18 @@ def test_every_parameter_is_the_reference_value_rounded_once(checkpoints, name):
     got = released_state(load(checkpoints[name]))
     assert got.keys() == expected.keys()
     for key, tensor in got.items():
-        dtype = torch.float32 if key.endswith(ROUTER) else torch.bfloat16
-        assert same_bits(tensor, expected[key].to(dtype)), key
+        assert same_bits(tensor, expected[key].to(parameter_dtype(name, key))), key
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_a_loaded_model_equal_the_naive_page(checkpoints, name):
-    config = read_json(checkpoints[name])
+    # a product that V2.6 rounds to bfloat16 is not near the page's
+    router = {"moe_router_dtype": "float32"}
+    config = read_json(checkpoints[name]) | router
     weights = reference_weights(
         read_tensors(checkpoints[name]), config, qkv_layout="plain" if LAYOUT_OF[name] == "plain" else "chunked"
     )
-    model = load(checkpoints[name], dtype=torch.float32)
+    model = load(checkpoints[name], dtype=torch.float32, **router)
     assert_near(logits(model), reference_logits(weights, config, ids_for(model)))
 
 
@@ -145,13 +155,13 @@ def test_the_base_model_loads_alone(checkpoints):
 
 
 @pytest.mark.parametrize("dtype", ["auto", *DTYPES], ids=str)
-@pytest.mark.parametrize("name", ["fp8_fused", "bf16_fused"])
+@pytest.mark.parametrize("name", ["fp8_fused", "bf16_fused", "mxfp4"])
 def test_one_dtype_except_the_router(checkpoints, name, dtype):
     model = load(checkpoints[name], dtype=dtype)
     expected = torch.bfloat16 if dtype == "auto" else dtype
     assert model.dtype == model.config.dtype == expected
     for key, tensor in model.state_dict().items():
-        assert tensor.dtype == (torch.float32 if key.endswith(ROUTER) else expected), key
+        assert tensor.dtype == parameter_dtype(name, key, expected), key
     values = weights_by_name(checkpoints[name], LAYOUT_OF[name])
     for key, tensor in released_state(model).items():
         assert torch.equal(tensor, values[key].to(tensor.dtype)), key
@@ -175,7 +185,8 @@ def test_a_bfloat16_router_stays_bfloat16(tmp_path):
 def test_the_layout_is_detected_and_reported(checkpoints, name):
     report = load(checkpoints[name]).load_report
     assert report.layout == LAYOUT_OF[name]
-    assert report.fp8 == name.startswith("fp8")
+    assert report.fp8 == (name in FP8_NAMES)
+    assert report.mxfp4 == (name == "mxfp4")
     # 8 layers and 3 heads
     source = {"chunked": "scale grid of 11 layers", "plain": "scale grid of 11 layers", "split": "separate q/k/v"}
     # bf16 rows look the same either way
@@ -288,7 +299,8 @@ def test_modules_for_hopper_kernels_are_filled_and_saved(checkpoints, name, tmp_
     monkeypatch.setattr("modeling_mimo.quantization_mimo_v2.has_fp8_kernels", lambda: True)
     model = load(checkpoints[name])
     layer = model.model.layers[1]
-    assert type(layer.mlp.experts) is FP8Experts
+    # Transformers has no kernels for MXFP4 as it is stored here
+    assert type(layer.mlp.experts) is (MiMoV2MXFP4Experts if name == "mxfp4" else FP8Experts)
     head = model.model.mtp.layers[2]
     assert [type(part) for part in (head.mlp.down_proj, head.eh_proj, head.self_attn.o_proj)] == [
         FP8Linear,
@@ -339,7 +351,7 @@ def test_save_and_load_bit_for_bit_under_the_released_names(checkpoints, name, d
     model = load(checkpoints[name], dtype=dtype)
     model.save_pretrained(tmp_path)
     released = read_tensors(checkpoints[name]).keys()
-    assert read_tensors(tmp_path).keys() == {key for key in released if not key.endswith("_scale_inv")}
+    assert read_tensors(tmp_path).keys() == {key for key in released if not key.endswith(("_scale_inv", "_scale"))}
     again, info = load(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(info.values())
     assert_same_state(again, model)
@@ -610,14 +622,6 @@ def test_all_problems_come_in_one_error(broken):
         load(broken)
     for name in (EXPERT, "model.norm.weight", unknown):
         assert name in str(error.value)
-
-
-def test_mxfp4_experts_are_an_honest_gap(broken):
-    config = read_json(broken)
-    config["quantization_config"]["store_dtype"] = "mxfp4"
-    write_json(broken, config)
-    with pytest.raises(NotImplementedError, match=r"`store_dtype`: .*'mxfp4'"):
-        load(broken)
 
 
 # The released sizes -----------------------------------------------------------------------------------------------

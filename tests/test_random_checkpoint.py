@@ -14,6 +14,7 @@ from safetensors import safe_open
 import modeling_mimo
 from modeling_mimo.conversion import random_checkpoint
 from modeling_mimo.conversion.fp8 import dequantize_blocks, dequantize_chunks
+from modeling_mimo.conversion.mxfp4 import dequantize_mxfp4
 from modeling_mimo.conversion.random_checkpoint import (
     SIZES,
     main,
@@ -458,3 +459,65 @@ def test_vision_settings_are_the_released_ones(seeing):
 def test_flash_has_no_vision():
     with pytest.raises(ValueError, match="expected False with layout 'split'"):
         released_config(layout="split", vision=True)
+
+
+# MiMo-V2.6 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("mxfp4") / "v2_6", dtype="mxfp4", with_tokenizer=False)
+
+
+def test_v2_6_differs_in_experts_and_router_alone(mxfp4, released):
+    expected = {}
+    for name, dtype in released_kinds().items():
+        if ".experts." in name:
+            expected[name.replace("_scale_inv", "_scale")] = "U8"
+        else:
+            expected[name] = "BF16" if name.endswith("mlp.gate.weight") else dtype
+    kinds = {}
+    for header in read_headers(mxfp4).values():
+        assert "__metadata__" not in header
+        kinds |= {kind_of(name): entry["dtype"] for name, entry in header.items()}
+    assert kinds == expected
+    ours, others = read_tensors(mxfp4), read_tensors(released)
+    for name, tensor in others.items():
+        if ".experts." not in name:
+            assert torch.equal(tensor.to(ours[name].dtype).view(torch.uint8), ours[name].view(torch.uint8)), name
+
+
+def test_v2_6_experts_hold_the_generated_values(mxfp4):
+    stored, config = read_tensors(mxfp4), read_json(mxfp4 / "config.json")
+    values = released_tensors_random(config)
+    for name in (name for name in stored if ".experts." in name and name.endswith(".weight")):
+        rows, columns = values[name].shape
+        assert stored[name].shape == (rows, columns // 2)
+        assert stored[name + "_scale"].shape == (rows, columns // 32)
+        difference = (dequantize_mxfp4(stored[name], stored[name + "_scale"]) - values[name]).abs()
+        # half a step of e2m1 is at most a quarter of the value, or a quarter of a scale of the largest / 4
+        assert (difference <= torch.maximum(values[name].abs() / 4, values[name].abs().amax() / 14)).all()
+
+
+def test_v2_6_config_has_the_released_keys_and_values(mxfp4):
+    config = read_json(mxfp4 / "config.json")
+    shipped = read_json(SHIPPED.parent / "MiMo-V2.6-Flash-RL" / "config.json")
+    # text only, as everywhere here without `vision`
+    assert config.keys() == shipped.keys() - {"vision_model_type"}
+    sizes = {*SIZES["tiny"], "num_hidden_layers", "moe_layer_freq", "sliding_window_size", "attention_chunk_size"}
+    for key in config.keys() - sizes:
+        if key.endswith("_token_id"):
+            assert config[key] == (None if shipped[key] is None else shipped[key] - 151675 + 2048), key
+        elif not key.startswith("swa_") or key == "swa_rope_theta":
+            entry, other = config[key], shipped[key]
+            if key == "quantization_config":
+                entry, other = ({k: v for k, v in part.items() if k != "ignored_layers"} for part in (entry, other))
+            assert entry == other, key
+
+
+def test_v2_6_is_never_split(tmp_path, capsys):
+    with pytest.raises(ValueError, match="dtype is 'mxfp4', expected fp8 or bf16 with layout 'split'"):
+        released_config(dtype="mxfp4", layout="split")
+    assert main([str(tmp_path / "x"), "--dtype", "mxfp4", "--no-tokenizer"]) == 0
+    assert read_json(tmp_path / "x" / "config.json")["quantization_config"]["store_dtype"] == "mxfp4"
+    assert "8 files" in capsys.readouterr().out
