@@ -25,7 +25,11 @@ SCRIPTS = {
     "load.py": ("Loading FP8 and bf16 checkpoints", ["--quick"]),
     "vision.py": ("Vision tower on an image of 4,096 patches", ["--quick"]),
     "hearing.py": ("Audio tokenizer: real time, matrix products, memory of an hour", ["--quick"]),
+    "mtp.py": ("Drafting with MTP heads trained on real text", ["--quick"]),
+    "mtp_memory.py": ("What a long prompt costs drafting, beside Transformers' loop", ["--quick"]),
     "preprocess.py": ("Preprocessing of a photo and a clip", ["--quick"]),
+    "convert.py": ("Conversion against copying", ["--quick"]),
+    "fp8_convert.py": ("FP8 and MXFP4 arithmetic of conversion", ["--quick"]),
     "fp8_dequantize.py": ("FP8 dequantization", ["--case", "qkv", "--repeats", "1"]),
 }
 

@@ -13,9 +13,12 @@ from importlib.metadata import version
 SUBCOMMANDS = (
     "bench",
     "chat",
+    "convert",
     "demo",
+    "doctor",
     "inspect",
     "plan",
+    "verify",
 )
 
 # exit statuses: 0 fine, 1 the command found problems, 2 bad input

@@ -1,1 +1,1 @@
-"""Small checkpoints in the released format, their tokenizer, FP8 quantization."""
+"""Converting, verifying and publishing checkpoints; small random ones in the released format."""

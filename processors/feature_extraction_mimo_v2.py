@@ -35,7 +35,14 @@ logger = logging.get_logger(__name__)
 # magnitudes are at least this before the logarithm
 FLOOR = 1e-7
 # what Transformers writes with settings that is no setting here
-SERVICE_KEYS = ("feature_extractor_type", "processor_class", "padding_value", "padding_side", "return_attention_mask")
+SERVICE_KEYS = (
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+    "padding_value",
+    "padding_side",
+    "return_attention_mask",
+)
 
 
 class MiMoV2FeatureExtractor(ReleasedSettings, SequenceFeatureExtractor):

@@ -38,7 +38,7 @@ BAND_PIXELS = 2**17
 OPTIONAL = ("num_frames", "min_frames")
 KIND_NAMES = {numbers.Real: "a number", numbers.Integral: "an integer"}
 # what Transformers writes into and passes with settings that is no setting
-SERVICE_KEYS = ("image_processor_type", "video_processor_type", "processor_class")
+SERVICE_KEYS = ("image_processor_type", "video_processor_type", "processor_class", "auto_map")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -1,0 +1,285 @@
+"""Where a conversion reads from: headers first, then exact byte ranges of single tensors.
+
+A `Source` is a checkpoint by names. `open_source` finds the right one for a folder, a Hub repository or a folder of
+rank shards; `open_headers` gives a source that can be planned with and not read, for `--dry-run`.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from modeling_mimo.checkpoint_mimo_v2 import (
+    DTYPE_BITS,
+    INDEX_NAME,
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    read_index,
+)
+from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
+from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
+
+
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
+
+# what a converter needs of a repository; pictures of a model card stay there
+REPOSITORY_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.py", "*.md", "LICENSE*", "dflash/*")
+
+# the largest released config.json has 8 kB, the largest released model 30,000 experts
+MAX_CONFIG_BYTES = 2**20
+MAX_MODULES = 2**20
+
+
+class Source(Protocol):
+    """A checkpoint by released names; rows of every tensor are in the order of its files.
+
+    `folder` holds the companion files, None if there are none. `config` is what config.json says.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    config: dict[str, Any]
+    folder: Path | None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` (exclusive) of the first dimension."""
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """{file name: [bytes, mtime in ns]} of every file that is read: equal as long as nobody wrote to them."""
+
+
+class SafetensorsSource:
+    """A folder of safetensors files with or without an index, read with pread: a released shard has 34 GB.
+
+    ValueError, FileNotFoundError: one line that lists every contradiction between index, headers and files.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str | None = None):
+        self.folder = Path(folder).resolve()
+        self.name = name or str(folder)
+        self.config = read_config(self.folder / "config.json")
+        if (self.folder / INDEX_NAME).is_file():
+            for file in sorted(set(read_index(self.folder / INDEX_NAME).values())):
+                refuse_outside(self.folder, self.folder / file)
+        self._checkpoint = Checkpoint.from_folder(self.folder)
+        self.tensors = self._checkpoint.tensors
+        self._offsets = {}
+        for file in self._checkpoint.files:
+            refuse_outside(self.folder, file)
+            self._offsets.update(_data_offsets(file))
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        return _pread(info.file, self._offsets[name], info.nbytes, info.dtype, info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        info = self.tensors[name]
+        row = info.nbytes // info.shape[0]
+        shape = (stop - start, *info.shape[1:])
+        return _pread(info.file, self._offsets[name] + start * row, (stop - start) * row, info.dtype, shape)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the bytes of a tensor from its byte `start` on: no new memory for every piece."""
+        _pread_into(self.tensors[name].file, self._offsets[name] + start, buffer)
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        files = [*self._checkpoint.files, self.folder / "config.json"]
+        stats = {file.name: file.stat() for file in files}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
+
+
+@dataclass(frozen=True)
+class HeadersSource:
+    """Names, dtypes and shapes without data: enough to plan a conversion, not to run one."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    folder: Path | None = field(default=None)
+
+    def read(self, name: str) -> torch.Tensor:
+        raise ValueError(f"{self.name}: expected weights for anything but a dry run, got headers alone.")
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.read(name)
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        return {}
+
+
+def open_source(path_or_repo: str | os.PathLike, rank_layout: str | os.PathLike | None = None) -> Source:
+    """The checkpoint of a folder, or of a Hub repository, which is downloaded into the Hub cache.
+
+    Args:
+        rank_layout: a description of folders whose tensors are split over ranks, see `rank_shards`.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository that can be reached.
+        ValueError: a folder that is no consistent checkpoint; one line.
+    """
+    if rank_layout is not None:
+        from .rank_shards import RankSource, read_rank_layout
+
+        return RankSource(Path(path_or_repo), read_rank_layout(rank_layout))
+    if Path(path_or_repo).is_dir():
+        return SafetensorsSource(path_or_repo)
+    return SafetensorsSource(_download(str(path_or_repo), REPOSITORY_FILES), str(path_or_repo))
+
+
+def open_headers(path_or_repo: str | os.PathLike, rank_layout: str | os.PathLike | None = None) -> Source:
+    """As `open_source`, for planning: config.json and index are enough, and only these two are downloaded."""
+    if rank_layout is not None:
+        return open_source(path_or_repo, rank_layout)
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        folder = _download(str(path_or_repo), ("config.json", INDEX_NAME))
+    index = folder / INDEX_NAME
+    if not index.is_file() or all((folder / file).exists() for file in read_index(index).values()):
+        return SafetensorsSource(folder, str(path_or_repo))
+    config = read_config(folder / "config.json")
+    return HeadersSource(str(path_or_repo), config, tensors_of_index(config, read_index(index), index), folder)
+
+
+def tensors_of_index(config: dict[str, Any], weight_map: dict[str, str], where: Path) -> dict[str, TensorInfo]:
+    """What the headers must say for an index alone: shapes by the config, dtypes as the releases have them.
+
+    ValueError: names that are not in the checkpoint the config describes.
+    """
+    parsed = parse_config(config)
+    table, tensors, unknown = released_tensors(parsed), {}, []
+    for name, file in weight_map.items():
+        weight = name.removesuffix("_inv").removesuffix("_scale")
+        spec = table.get(name) or table.get(weight)
+        if spec is None:
+            unknown.append(name)
+            continue
+        dtype, shape = "BF16", spec.shape
+        if name.endswith("_scale_inv"):
+            dtype, shape = "F32", spec.scale_shape
+        elif name.endswith("_scale"):
+            dtype, shape = "U8", (spec.shape[0], spec.shape[1] // 32)
+        elif f"{name}_scale_inv" in weight_map:
+            dtype = "F8_E4M3"
+        elif f"{name}_scale" in weight_map:
+            dtype, shape = "U8", (spec.shape[0], spec.shape[1] // 2)
+        elif name.endswith("e_score_correction_bias"):
+            dtype = "F32"
+        elif spec.part == "router":
+            dtype = "F32" if parsed.moe_router_dtype == "float32" else "BF16"
+        tensors[name] = TensorInfo(dtype, shape, math.prod(shape) * DTYPE_BITS[dtype] // 8, where.parent / file)
+    if unknown:
+        raise CheckpointError([f"{where}: unknown ({len(unknown)}): {', '.join(unknown[:20])}"])
+    return tensors
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The contents of config.json. ValueError: not a JSON object of a sane size; FileNotFoundError: none there."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected config.json beside the weights, got none.")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}.")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}.")
+    return config
+
+
+def parse_config(config: dict[str, Any]) -> MiMoV2Config:
+    """`config` of config.json as the model reads it.
+
+    ValueError: another architecture, a contradiction, or more modules than memory holds names for.
+    """
+    if config.get("model_type") not in ("mimo_v2", "mimo_v2_flash"):
+        raise ValueError(f"`model_type`: expected 'mimo_v2' or 'mimo_v2_flash', got {config.get('model_type')!r}.")
+    # the class keeps what it is given, and reads some keys away
+    result = MiMoV2Config.from_dict(json.loads(json.dumps(config)))
+    modules = result.num_hidden_layers * result.n_routed_experts + result.num_mtp_layers
+    if result.audio_config is not None:
+        modules += result.audio_config.audio_channels + result.audio_config.num_hidden_layers
+    if modules > MAX_MODULES:
+        raise ValueError(f"config.json: expected at most {MAX_MODULES} experts and layers in all, got {modules}.")
+    return result
+
+
+def refuse_outside(folder: Path, path: Path) -> None:
+    """ValueError for a path that leaves `folder`, by `..` or a link; links into the blobs of a Hub cache are fine."""
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+        raise ValueError(f"{path}: expected a file inside {folder}, got one that leads to {path.resolve()}.")
+
+
+def repository_revision(folder: Path | None) -> str | None:
+    """The commit of a folder of the Hub cache, None for any other."""
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None
+
+
+def _download(repo: str, patterns: tuple[str, ...]) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise FileNotFoundError(f"{repo}: expected a folder or a Hub repository `owner/name`, got neither.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{repo}: expected a folder or a reachable Hub repository: {reason}") from None
+
+
+def _data_offsets(path: Path) -> dict[str, int]:
+    """Where each tensor begins in a file whose header `read_header` accepted."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
+
+
+def _pread(path: Path, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    _pread_into(path, offset, memoryview(data.numpy()))
+    return data.view(TORCH_DTYPES[dtype]).view(shape)
+
+
+def _pread_into(path: Path, offset: int, view: memoryview) -> None:
+    with path.open("rb", buffering=0) as file:
+        while view:
+            count = os.preadv(file.fileno(), [view], offset)
+            if count == 0:
+                raise ValueError(f"{path}: expected {len(view)} more bytes at {offset}, got the end of the file.")
+            view, offset = view[count:], offset + count
+
+
+__all__ = [
+    "HeadersSource",
+    "SafetensorsSource",
+    "Source",
+    "open_headers",
+    "open_source",
+    "parse_config",
+    "read_config",
+    "refuse_outside",
+    "repository_revision",
+    "tensors_of_index",
+]
