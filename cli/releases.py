@@ -5,23 +5,21 @@ V2.5-Pro's is a public print of it, V2.6-Flash-RL's is a transcription without t
 and V2-Flash's is V2.5's with the published differences applied.
 """
 
-import gzip
-import json
-import math
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 from modeling_mimo.checkpoint_mimo_v2 import (
-    DTYPE_BITS,
     INDEX_NAME,
     SINGLE_FILE_NAME,
     Checkpoint,
     TensorInfo,
+    read_config,
     read_header,
 )
-from modeling_mimo.configuration_mimo_v2 import FLASH_MODEL_TYPE, MiMoV2Config
+from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
+from modeling_mimo.conversion.sparse_release import MANIFEST_NAME, read_released_manifest
 
 
 class Release(NamedTuple):
@@ -47,7 +45,6 @@ RELEASES = {
 }
 
 DATA = resources.files("modeling_mimo") / "data"
-MANIFEST_NAME = "tensor_manifest.tsv.gz"
 
 
 class Target(NamedTuple):
@@ -64,39 +61,17 @@ def shipped_names() -> list[str]:
     return sorted(entry.name for entry in DATA.iterdir() if (entry / "config.json").is_file())
 
 
-def parse_config(text: bytes, where: str) -> MiMoV2Config:
-    """A MiMo-V2 `config.json`. ValueError: not JSON, or of another architecture."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: expected a JSON object, got {error}.") from None
-    model_type = values.get("model_type") if isinstance(values, dict) else None
-    if model_type not in (MiMoV2Config.model_type, FLASH_MODEL_TYPE):
-        raise ValueError(
-            f"{where}: `model_type`: expected {MiMoV2Config.model_type!r} or {FLASH_MODEL_TYPE!r}, got {model_type!r}."
-        )
-    return MiMoV2Config.from_dict(values)
-
-
 def shipped_config(name: str) -> MiMoV2Config:
     """Config of a release by name. ValueError: no such name."""
     if name not in shipped_names():
         raise ValueError(f"{name}: expected a folder, a .safetensors file or one of {', '.join(shipped_names())}.")
-    return parse_config((DATA / name / "config.json").read_bytes(), name)
+    with resources.as_file(DATA / name / "config.json") as path:
+        return read_config(path)
 
 
 def shipped_manifest(name: str) -> dict[str, TensorInfo] | None:
     """Every tensor of a release by name (`file` is a bare file name), or None if the package has no list of it."""
-    path = DATA / name / MANIFEST_NAME
-    if not path.is_file():
-        return None
-    tensors, files = {}, {}
-    for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
-        tensor, dtype, dims, file = line.split("\t")
-        shape = tuple(map(int, dims.split("x")))
-        nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
-        tensors[tensor] = TensorInfo(dtype, shape, nbytes, files.setdefault(file, Path(file)))
-    return tensors
+    return read_released_manifest(name) if (DATA / name / MANIFEST_NAME).is_file() else None
 
 
 def read_target(path: str, progress: Callable[[list[Path]], Iterable[Path]] = iter) -> Target:
@@ -122,7 +97,7 @@ def read_target(path: str, progress: Callable[[list[Path]], Iterable[Path]] = it
 
 def _config_beside(folder: Path) -> MiMoV2Config | None:
     path = folder / "config.json"
-    return parse_config(path.read_bytes(), str(path)) if path.is_file() else None
+    return read_config(path) if path.is_file() else None
 
 
 def match_release(totals: Release) -> dict | None:

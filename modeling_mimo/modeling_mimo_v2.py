@@ -140,7 +140,8 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
 
         Transformers would report a missing or unknown tensor in a log line and go on with random weights.
         """
-        if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
+        if state_dict is None and checkpoint_files:
+            # whatever the files are called: a pickle, or a name outside the folder, must not get any further
             check_file_names((load_config.sharded_metadata or {}).get("weight_map", {}))
             checkpoint = Checkpoint.from_files(checkpoint_files)
             # the backbone alone, and a model loaded with load_towers=False, have no place for the towers

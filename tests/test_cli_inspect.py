@@ -239,7 +239,7 @@ def test_a_release_without_one_of_its_files(release, tmp_path, capsys):
             "broken.safetensors: expected a safetensors file of at least 8 bytes",
         ),
         (["inspect", "{tmp}/llama"], "`model_type`: expected 'mimo_v2' or 'mimo_v2_flash', got 'llama'"),
-        (["inspect", "{tmp}/text"], "expected a JSON object, got"),
+        (["inspect", "{tmp}/text"], "expected a JSON object without duplicate keys, got"),
     ],
 )
 def test_unreadable_input_is_one_line_and_exit_status_2(tmp_path, capsys, args, message):
