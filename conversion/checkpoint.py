@@ -22,25 +22,16 @@ from modeling_mimo.checkpoint_mimo_v2 import (
     CheckpointError,
     TensorInfo,
     read_index,
+    read_json_object,
 )
 from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
 from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
 
+from .row_reader import RowReader
 
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-}
 
 # what a converter needs of a repository; pictures of a model card stay there
 REPOSITORY_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.py", "*.md", "LICENSE*", "dflash/*")
-
-# the largest released config.json has 8 kB, the largest released model 30,000 experts
-MAX_CONFIG_BYTES = 2**20
-MAX_MODULES = 2**20
 
 
 class Source(Protocol):
@@ -73,30 +64,25 @@ class SafetensorsSource:
     def __init__(self, folder: str | os.PathLike, name: str | None = None):
         self.folder = Path(folder).resolve()
         self.name = name or str(folder)
-        self.config = read_config(self.folder / "config.json")
+        self.config = read_json_object(self.folder / "config.json")
         if (self.folder / INDEX_NAME).is_file():
             for file in sorted(set(read_index(self.folder / INDEX_NAME).values())):
                 refuse_outside(self.folder, self.folder / file)
         self._checkpoint = Checkpoint.from_folder(self.folder)
         self.tensors = self._checkpoint.tensors
-        self._offsets = {}
         for file in self._checkpoint.files:
             refuse_outside(self.folder, file)
-            self._offsets.update(_data_offsets(file))
+        self._reader = RowReader(self.tensors)
 
     def read(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
-        return _pread(info.file, self._offsets[name], info.nbytes, info.dtype, info.shape)
+        return self._reader.rows(name).view(self.tensors[name].shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        info = self.tensors[name]
-        row = info.nbytes // info.shape[0]
-        shape = (stop - start, *info.shape[1:])
-        return _pread(info.file, self._offsets[name] + start * row, (stop - start) * row, info.dtype, shape)
+        return self._reader.rows(name, start, stop)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fills `buffer` with the bytes of a tensor from its byte `start` on: no new memory for every piece."""
-        _pread_into(self.tensors[name].file, self._offsets[name] + start, buffer)
+        self._reader.read_bytes(name, start, buffer)
 
     def fingerprint(self) -> dict[str, list[int]]:
         files = [*self._checkpoint.files, self.folder / "config.json"]
@@ -152,7 +138,7 @@ def open_headers(path_or_repo: str | os.PathLike, rank_layout: str | os.PathLike
     index = folder / INDEX_NAME
     if not index.is_file() or all((folder / file).exists() for file in read_index(index).values()):
         return SafetensorsSource(folder, str(path_or_repo))
-    config = read_config(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     return HeadersSource(str(path_or_repo), config, tensors_of_index(config, read_index(index), index), folder)
 
 
@@ -188,37 +174,15 @@ def tensors_of_index(config: dict[str, Any], weight_map: dict[str, str], where: 
     return tensors
 
 
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The contents of config.json. ValueError: not a JSON object of a sane size; FileNotFoundError: none there."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected config.json beside the weights, got none.")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: expected at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}.")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}.")
-    return config
-
-
 def parse_config(config: dict[str, Any]) -> MiMoV2Config:
     """`config` of config.json as the model reads it.
 
-    ValueError: another architecture, a contradiction, or more modules than memory holds names for.
+    ValueError: another architecture, or a contradiction.
     """
     if config.get("model_type") not in ("mimo_v2", "mimo_v2_flash"):
         raise ValueError(f"`model_type`: expected 'mimo_v2' or 'mimo_v2_flash', got {config.get('model_type')!r}.")
     # the class keeps what it is given, and reads some keys away
-    result = MiMoV2Config.from_dict(json.loads(json.dumps(config)))
-    modules = result.num_hidden_layers * result.n_routed_experts + result.num_mtp_layers
-    if result.audio_config is not None:
-        modules += result.audio_config.audio_channels + result.audio_config.num_hidden_layers
-    if modules > MAX_MODULES:
-        raise ValueError(f"config.json: expected at most {MAX_MODULES} experts and layers in all, got {modules}.")
-    return result
+    return MiMoV2Config.from_dict(json.loads(json.dumps(config)))
 
 
 def refuse_outside(folder: Path, path: Path) -> None:
@@ -247,30 +211,6 @@ def _download(repo: str, patterns: tuple[str, ...]) -> Path:
         raise FileNotFoundError(f"{repo}: expected a folder or a reachable Hub repository: {reason}") from None
 
 
-def _data_offsets(path: Path) -> dict[str, int]:
-    """Where each tensor begins in a file whose header `read_header` accepted."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
-
-
-def _pread(path: Path, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    data = torch.empty(nbytes, dtype=torch.uint8)
-    _pread_into(path, offset, memoryview(data.numpy()))
-    return data.view(TORCH_DTYPES[dtype]).view(shape)
-
-
-def _pread_into(path: Path, offset: int, view: memoryview) -> None:
-    with path.open("rb", buffering=0) as file:
-        while view:
-            count = os.preadv(file.fileno(), [view], offset)
-            if count == 0:
-                raise ValueError(f"{path}: expected {len(view)} more bytes at {offset}, got the end of the file.")
-            view, offset = view[count:], offset + count
-
-
 __all__ = [
     "HeadersSource",
     "SafetensorsSource",
@@ -278,7 +218,6 @@ __all__ = [
     "open_headers",
     "open_source",
     "parse_config",
-    "read_config",
     "refuse_outside",
     "repository_revision",
     "tensors_of_index",

@@ -15,9 +15,10 @@ from modeling_mimo.checkpoint_mimo_v2 import check_tensors, find_layout, take_mt
 from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
 from modeling_mimo.weight_mapping_mimo_v2 import ReleasedTensor, released_tensors
 
-from .checkpoint import TORCH_DTYPES, Source, parse_config
+from .checkpoint import Source, parse_config
 from .fused_qkv import fuse_qkv, fuse_qkv_fp8, qkv_blocks_are_exact, rechunk_qkv_fp8, split_qkv, split_qkv_fp8
 from .mxfp4 import MXFP4_GROUP
+from .row_reader import TORCH_DTYPES
 from .shard_writer import Planned
 from .stored_weight import FP8, MXFP4, QUANTIZED, Difference, StoredWeight, difference
 

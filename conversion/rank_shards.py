@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from modeling_mimo.checkpoint_mimo_v2 import CheckpointError, TensorInfo, read_header
+from modeling_mimo.checkpoint_mimo_v2 import CheckpointError, TensorInfo, read_header, read_json_object
 
-from .checkpoint import _data_offsets, read_config, refuse_outside
+from .checkpoint import refuse_outside
 from .fp8 import BLOCK, scale_shape
 from .rank_layout import AXES, SUFFIXES, TORCH_SUFFIXES, RankLayout, read_rank_layout
-from .torch_files import TORCH_DTYPES, StoredTensor, read_stored_rows, read_torch_header
+from .row_reader import TORCH_DTYPES, data_offsets
+from .torch_files import StoredTensor, read_stored_rows, read_torch_header
 
 
 # values per MXFP4 scale, two to a byte
@@ -75,7 +76,7 @@ class RankSource:
     def __init__(self, folder: str | Path, layout: RankLayout):
         self.folder = Path(folder).resolve()
         self.name = str(folder)
-        self.config = read_config(self.folder / "config.json")
+        self.config = read_json_object(self.folder / "config.json")
         self._files, self._ignored = _find_files(self.folder, layout)
         self._joined = _join_all(_read_pieces(self._files, layout), layout, self._files, self.config)
         self.tensors = {name: joined.info for name, joined in self._joined.items()}
@@ -204,7 +205,7 @@ def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors and other entries by name, as `read_torch_header`, of either kind of file."""
     if path.suffix in TORCH_SUFFIXES:
         return read_torch_header(path)
-    infos, offsets = read_header(path), _data_offsets(path)
+    infos, offsets = read_header(path), data_offsets(path)
     others = {name: f"tensor of {info.dtype}" for name, info in infos.items() if info.dtype not in TORCH_DTYPES}
     tensors = {name: StoredTensor.contiguous(infos[name], offsets[name]) for name in infos if name not in others}
     return tensors, others

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint import TORCH_DTYPES
 from .fp8 import BLOCK, dequantize_chunks, quantize_blocks, scale_shape
 from .mxfp4 import MXFP4_GROUP, dequantize_mxfp4, quantize_mxfp4
+from .row_reader import TORCH_DTYPES
 from .shard_writer import Planned
 
 

@@ -18,23 +18,9 @@ import torch
 
 from modeling_mimo.checkpoint_mimo_v2 import MAX_HEADER_BYTES, TensorInfo
 
+from .row_reader import TORCH_DTYPES
 
-# spelling of safetensors -> torch
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+
 _SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
