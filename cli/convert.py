@@ -56,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.dst is None and not args.dry_run:
         raise ValueError("DST: expected a folder to write, got none; only --dry-run needs none.")
+    if args.publish:
+        from modeling_mimo.conversion.publish import check_account
+
+        # before hours are spent on what cannot be uploaded
+        check_account(args.publish)
     report = convert(
         _source(args),
         args.dst,
@@ -77,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.publish and not args.dry_run:
         from modeling_mimo.conversion.publish import publish
 
-        publish(args.dst, args.publish)
-        report["published"] = args.publish
+        report["published"] = publish(args.dst, args.publish)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0
 

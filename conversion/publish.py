@@ -54,10 +54,7 @@ def publish(
         OSError: the Hub refused, or the connection broke.
     """
     folder = Path(folder)
-    _check_repo_id(repo_id)
-    token = token or get_token()
-    if token is None:
-        raise ValueError("token: expected an access token of the Hub, got none; run `hf auth login`.")
+    token = check_account(repo_id, token)
     report = check_publishable(folder)
     api = HfApi(token=token)
     url = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
@@ -74,6 +71,15 @@ def publish(
         ignore_patterns=list(IGNORED),
     )
     return str(url) if revision is None else f"{url}/tree/{revision}"
+
+
+def check_account(repo_id: str, token: str | None = None) -> str:
+    """The token to upload to `repo_id` with. ValueError: a wrong name; no token."""
+    _check_repo_id(repo_id)
+    token = token or get_token()
+    if token is None:
+        raise ValueError("token: expected an access token of the Hub, got none; run `hf auth login`.")
+    return token
 
 
 def check_publishable(folder: Path) -> VerifyReport:

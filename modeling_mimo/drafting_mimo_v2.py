@@ -21,13 +21,10 @@ from torch import nn
 from .modeling_mimo_v2_base import apply_rotary_, softmax_with_sinks
 
 
-def shifted(old: torch.Tensor, new: torch.Tensor, kept: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """`old` without its first entries, and the first `kept` [batch] ones of `new` behind it; as many as before."""
+def shifted(old: torch.Tensor, new: torch.Tensor, kept: list[int], dim: int = 1) -> torch.Tensor:
+    """`old` without its first entries, and of row i the first `kept[i]` ones of `new` behind it; as many as before."""
     both, length = torch.cat((old, new), dim=dim), old.shape[dim]
-    counts = kept.tolist()
-    if len(set(counts)) == 1:
-        return both.narrow(dim, counts[0], length)
-    return torch.stack([row.narrow(dim - 1, count, length) for row, count in zip(both, counts)])
+    return torch.stack([row.narrow(dim - 1, count, length) for row, count in zip(both, kept)])
 
 
 class TrunkStates:
@@ -39,6 +36,8 @@ class TrunkStates:
     def __init__(self, trunk: nn.Module, window: int):
         self.trunk, self.window = trunk, window
         self.embeddings = self.hidden = self.counts = None
+        # steps that all rows took alike, not yet among the above: plain steps need none of it
+        self.later: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.recorded = []
 
     @contextmanager
@@ -70,14 +69,26 @@ class TrunkStates:
         self.counts = counts.clamp(max=states[0].shape[1])
         self.recorded = []
 
-    def append(self, kept: torch.Tensor) -> None:
-        """Takes the first `kept` [batch] tokens of the one forward that was recorded."""
+    def append(self, kept: list[int]) -> None:
+        """Takes of row i the first `kept[i]` tokens of the one forward that was recorded."""
         ((embeddings, hidden),) = self.recorded
+        self.recorded = []
+        if len(set(kept)) == 1:
+            self.later = [*self.later[1 - self.window :], (embeddings[:, : kept[0]], hidden[:, : kept[0]])]
+            self.counts = (self.counts + kept[0]).clamp(max=self.window)
+            return
+        self.settle()
         self.embeddings, self.hidden = (
             shifted(old, new, kept) for old, new in ((self.embeddings, embeddings), (self.hidden, hidden))
         )
-        self.counts = (self.counts + kept).clamp(max=self.window)
-        self.recorded = []
+        self.counts = (self.counts + torch.tensor(kept, device=self.counts.device)).clamp(max=self.window)
+
+    def settle(self) -> None:
+        """Makes `embeddings` and `hidden` those of the latest tokens."""
+        if self.later:
+            states = zip((self.embeddings, self.hidden), *self.later)
+            self.embeddings, self.hidden = (torch.cat(parts, dim=1)[:, -self.window :] for parts in states)
+            self.later = []
 
 
 class DraftHeads:
@@ -94,16 +105,34 @@ class DraftHeads:
         # per head: keys and values [batch, kv heads, window, D], and how many of the last slots are to be computed
         self.stored: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(self.layers)
         self.missing = [states.window] * len(self.layers)
+        # slots that all rows moved on without the heads
+        self.behind = 0
 
-    def append(self, kept: torch.Tensor) -> None:
+    def append(self, kept: list[int]) -> None:
         """Moves along with `TrunkStates.append`."""
+        if len(set(kept)) == 1:
+            self.behind += kept[0]
+            return
+        self.settle()
         for head, stored in enumerate(self.stored):
             if stored is not None:
                 self.stored[head] = tuple(
-                    shifted(part, part.new_zeros(*part.shape[:2], int(kept.max()), part.shape[3]), kept, dim=2)
+                    shifted(part, part.new_zeros(*part.shape[:2], max(kept), part.shape[3]), kept, dim=2)
                     for part in stored
                 )
-            self.missing[head] = min(self.missing[head] + int(kept.max()), self.states.window)
+        self.missing = [min(missing + max(kept), self.states.window) for missing in self.missing]
+
+    def settle(self) -> None:
+        """Makes the slots of what is stored those of the states."""
+        behind, self.behind, window = self.behind, 0, self.states.window
+        if behind >= window:
+            self.stored = [None] * len(self.layers)
+        elif behind:
+            self.stored = [
+                stored and tuple(nn.functional.pad(part[:, :, behind:], (0, 0, 0, behind)) for part in stored)
+                for stored in self.stored
+            ]
+        self.missing = [min(missing + behind, window) for missing in self.missing]
 
     def logits(self, head: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[batch, vocab] float32: what `head` says behind the last slot.
@@ -112,6 +141,8 @@ class DraftHeads:
             tokens: [batch, head + 1], the next token and the drafts of the heads before this one.
             positions: [batch], of the token in the last slot.
         """
+        self.states.settle()
+        self.settle()
         layer, window = self.layers[head], self.states.window
         rows = min(max(self.missing[head], 1), window)
         later = self.model.model.embed_tokens(tokens).to(self.states.embeddings)

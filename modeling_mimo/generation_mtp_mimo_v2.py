@@ -164,8 +164,8 @@ class Ending:
 class MTPDecoder:
     """The loop of draft, verify, take and roll back for a batch, every row at its own pace.
 
-    `padding` [batch]: slots in front of each row in the cache that hold no token of it. `behind` [batch]: slots behind
-    an ended row in global layers.
+    `padding` [batch]: slots in front of each row in the cache that hold no token of it. `behind`: slots behind each
+    ended row in global layers.
 
     Args:
         depths: how many drafts a step has, a FixedDepth or an AutoDepth.
@@ -199,7 +199,7 @@ class MTPDecoder:
         self.stats.forwards += 1
         self.depths.start(self.stats.seconds["verify"])
         self.padding, total = padding, self.cache.get_seq_length()
-        self.behind = torch.zeros_like(padding)
+        self.behind = [0] * len(padding)
         self.states.begin(torch.minimum(total - padding, torch.full_like(padding, total - before)))
         return logits
 
@@ -266,11 +266,13 @@ class MTPDecoder:
         self.depths.took(depth, time.perf_counter() - started, taken / going)
         return tokens
 
-    def verify(self, drafts: torch.Tensor, distributions: list[torch.Tensor | None], logits: torch.Tensor):
-        """Takes the drafts of each row as far as the trunk agrees, and then its own token; returns [batch] how many
+    def verify(
+        self, drafts: torch.Tensor, distributions: list[torch.Tensor | None], logits: torch.Tensor
+    ) -> list[int]:
+        """Takes the drafts of each row as far as the trunk agrees, and then its own token; returns per row how many
         of the tokens that it has just seen stay in the cache."""
         # of a row that has ended, its last token and nothing more
-        kept = torch.tensor([int(row.finished and not row.closed) for row in self.rows], device=drafts.device)
+        kept = [int(row.finished and not row.closed) for row in self.rows]
         for row in self.rows:
             row.closed = row.finished
         going = [place for place, row in enumerate(self.rows) if not row.finished]
@@ -284,31 +286,32 @@ class MTPDecoder:
             if depth < len(distributions):
                 drafted = None if distributions[depth] is None else distributions[depth][going]
                 accepted, tokens = self.chooser.verify(drafts[going, depth + 1], drafted, scores)
-                for place, right in zip(going, accepted.tolist()):
+                accepted = accepted.tolist()
+                for place, right in zip(going, accepted):
                     self.rows[place].counts["accepted"][depth] += right
-                self.depths.verified(depth, len(going), int(accepted.sum()))
+                self.depths.verified(depth, len(going), sum(accepted))
             else:
-                tokens = self.chooser.draw(scores)[0]
-                accepted = torch.zeros_like(tokens, dtype=torch.bool)
+                tokens, accepted = self.chooser.draw(scores)[0], [False] * len(going)
             self.take(going, tokens, scores, behind)
-            kept[going] = depth + 1
-            going = [
-                place for place, right in zip(going, accepted.tolist()) if right and not self.rows[place].finished
-            ]
+            for place in going:
+                kept[place] = depth + 1
+            going = [place for place, right in zip(going, accepted) if right and not self.rows[place].finished]
             if not going:
                 break
         return kept
 
-    def roll_back(self, kept: torch.Tensor) -> None:
+    def roll_back(self, kept: list[int]) -> None:
         """Removes what was refused from the cache: what all rows refused, then what some did, by moving these rows."""
-        seen = self.states.recorded[0][0].shape[1]
-        most = int(kept.max())
+        seen, most = self.states.recorded[0][0].shape[1], max(kept)
         self.cache.crop(most - seen)
-        moved = most - kept
-        # an ended row is hidden in global layers until the end, where it is moved once
-        self.behind += torch.where(kept == 0, moved, 0)
-        self.cache.shift_rows(moved.tolist(), torch.where(kept == 0, 0, moved).tolist())
-        self.padding = self.padding + moved
+        if min(kept) < most:
+            moved = [most - count for count in kept]
+            # an ended row is hidden in global layers until the end, where it is moved once
+            self.behind = [past + by * (not count) for past, by, count in zip(self.behind, moved, kept)]
+            self.cache.shift_rows(moved, [by * bool(count) for by, count in zip(moved, kept)])
+            self.padding = self.padding + torch.tensor(moved, device=self.padding.device)
+        # nobody asks for drafts of an ended row
+        kept = [count or most for count in kept]
         self.states.append(kept)
         self.heads.append(kept)
 
@@ -318,8 +321,8 @@ class MTPDecoder:
         length = max(len(row.ids) for row in self.rows) - 1
         ends = [min(len(row.ids) - (not row.closed), length) for row in self.rows]
         # a row that ended before the others may be the longest; the last token of the longest has no slot
-        over = torch.tensor([len(row.ids) - (not row.closed) - end for row, end in zip(self.rows, ends)])
-        self.cache.shift_rows(over.tolist(), (over.to(self.behind) + self.behind).tolist())
+        over = [len(row.ids) - (not row.closed) - end for row, end in zip(self.rows, ends)]
+        self.cache.shift_rows(over, [past + by for past, by in zip(self.behind, over)])
         if any(end != self.cache.get_seq_length() for end in ends):
             self.cache.align_rows(ends, length)
 

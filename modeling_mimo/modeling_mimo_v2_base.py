@@ -33,6 +33,9 @@ MORE_COLUMNS = 8
 SCORE_ROWS = 1024
 SAMPLED_KEYS = 64
 
+# queries of one step of drafting: three drafts behind a token
+FEW_QUERIES = 4
+
 # keys of one product while decoding
 FEW_KEYS, LONGEST_SEGMENT = 512, 16384
 
@@ -256,15 +259,15 @@ def key_segments(length: int) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def decode_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tensor:
-    """One query per sequence: [B, heads, 1, D] -> [B, heads, 1, Dv]. The heads of a KV group form one small matrix,
-    so keys and values are read once and never expanded.
+def decode_attention(query, key, value, key_mask, window, scaling, sinks) -> torch.Tensor:
+    """One query per sequence, or as many as are drafted: [B, heads, queries, D] -> [B, heads, queries, Dv]. The heads
+    of a KV group form one small matrix, so keys and values are read once and never expanded.
 
     On a CPU there is one product per KV head and segment of keys: a batched product copies keys and values, which are
     views of a cache with room to grow; for few keys the copy is cheaper than more calls.
     """
-    (batch, heads, _, dim), (kv_heads, keys) = query.shape, key.shape[1:3]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    (batch, heads, queries, dim), (kv_heads, keys) = query.shape, key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
     in_pieces = query.device.type == "cpu" and keys > FEW_KEYS
     if in_pieces:
         pieces = list(itertools.product(range(batch), range(kv_heads), key_segments(keys)))
@@ -273,10 +276,12 @@ def decode_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tenso
             scores[row, head, :, start:stop] = grouped[row, head] @ key[row, head, start:stop].T
     else:
         scores = (grouped @ key.transpose(-1, -2)).float()
-    scores = scores * scaling
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
-    weights = softmax_with_sinks(scores.view(batch, heads, 1, -1), sinks).view_as(scores).to(value.dtype)
+    scores = (scores * scaling).view(batch, heads, queries, keys)
+    # a single query sees every key that its caller left
+    if queries > 1 or key_mask is not None:
+        window = None if queries == 1 else window
+        scores = scores.masked_fill(~causal_mask(key_mask, queries, keys, window, query.device), -math.inf)
+    weights = softmax_with_sinks(scores, sinks).view(*grouped.shape[:3], keys).to(value.dtype)
     if in_pieces:
         output = torch.zeros(*grouped.shape[:3], value.shape[-1])
         for row, head, (start, stop, repeated) in pieces:
@@ -285,7 +290,7 @@ def decode_attention(query, key, value, key_mask, scaling, sinks) -> torch.Tenso
             output[row, head] += piece @ value[row, head, start:stop]
     else:
         output = weights @ value
-    return output.to(value.dtype).view(batch, heads, 1, -1)
+    return output.to(value.dtype).view(batch, heads, queries, -1)
 
 
 def matmul_is_faster(query: torch.Tensor) -> bool:
@@ -481,11 +486,13 @@ def sdpa_attention_forward(
         )
     key_mask = None if attention_mask is None else attention_mask.bool()
     queries, keys = query.shape[2], key.shape[2]
-    if sliding_window is not None and queries == 1 and keys > sliding_window:
-        key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
-        key_mask = None if key_mask is None else key_mask[:, -sliding_window:]
-    if queries == 1:
-        output = decode_attention(query, key, value, key_mask, scaling, s_aux)
+    # elsewhere than on a CPU the fused kernel for global layers takes several queries as well
+    few = queries == 1 or (queries <= FEW_QUERIES and (sliding_window is not None or query.device.type == "cpu"))
+    if few and sliding_window is not None and keys > (seen := sliding_window + queries - 1):
+        key, value = key[:, :, -seen:], value[:, :, -seen:]
+        key_mask = None if key_mask is None else key_mask[:, -seen:]
+    if few:
+        output = decode_attention(query, key, value, key_mask, sliding_window, scaling, s_aux)
     elif sliding_window is None or keys <= sliding_window:
         output = global_attention(query, key, value, key_mask, scaling, s_aux)
     else:

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from media import picture
 from PIL import Image
 
+from modeling_mimo.cli.main import main
 from modeling_mimo.conversion.export_code import export_code
 from modeling_mimo.conversion.model_card import PATH, UNVERIFIED, complete_card, model_card, source_name
 from modeling_mimo.conversion.publish import publish
@@ -411,3 +412,13 @@ def test_the_usage_of_the_card_runs(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.strip()) > 20
+
+
+def test_convert_asks_for_a_token_before_it_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    arguments = ["convert", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--publish", "me/model"]
+    assert main(arguments) == 2
+    assert "token: expected an access token of the Hub, got none" in capsys.readouterr().err
+    assert main([*arguments[:-1], "no owner"]) == 2
+    assert "no owner" in capsys.readouterr().err
