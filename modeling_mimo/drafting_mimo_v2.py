@@ -124,15 +124,13 @@ class DraftHeads:
 
     def settle(self) -> None:
         """Makes the slots of what is stored those of the states."""
-        behind, self.behind, window = self.behind, 0, self.states.window
-        if behind >= window:
-            self.stored = [None] * len(self.layers)
-        elif behind:
+        behind, self.behind = min(self.behind, self.states.window), 0
+        if behind:
             self.stored = [
                 stored and tuple(nn.functional.pad(part[:, :, behind:], (0, 0, 0, behind)) for part in stored)
                 for stored in self.stored
             ]
-        self.missing = [min(missing + behind, window) for missing in self.missing]
+            self.missing = [min(missing + behind, self.states.window) for missing in self.missing]
 
     def logits(self, head: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[batch, vocab] float32: what `head` says behind the last slot.

@@ -129,9 +129,17 @@ def test_agreeing_heads_are_often_right(often):
 class ChangingDepth(FixedDepth):
     """0 to 3 drafts in changing order: what `auto` may choose."""
 
+    order = (3, 0, 1, 0, 0, 2, 3, 2)
+
     def choose(self):
         self.depth += 1
-        return (3, 0, 1, 0, 0, 2, 3, 2)[self.depth % 8]
+        return self.order[self.depth % len(self.order)]
+
+
+class PausingDepth(ChangingDepth):
+    """Drafts, then none for more than a window, then drafts."""
+
+    order = (3, *[0] * (WINDOW + 2), 3, 3)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -151,11 +159,11 @@ def test_auto_gives_the_tokens_of_plain_generation(often):
     assert torch.equal(output, generate(often, ids, mask, max_new_tokens=60, eos_token_id=None))
 
 
-@pytest.mark.parametrize("mtp_depth", [3, "auto"])
-def test_every_draft_is_that_of_the_page(model, monkeypatch, mtp_depth):
+@pytest.mark.parametrize("depths", [None, ChangingDepth, PausingDepth])
+def test_every_draft_is_that_of_the_page(model, monkeypatch, depths):
     """Recomputed from the definition at every step: window < context, partial acceptance, a padded batch, and after
     steps without drafts."""
-    monkeypatch.setattr(generation_mtp_mimo_v2, "AutoDepth", lambda heads, asked: ChangingDepth(1))
+    monkeypatch.setattr(generation_mtp_mimo_v2, "AutoDepth", lambda heads, asked: depths(-1))
     raw = tiny_dict(**SMALL)
     weights = page_weights(model, raw)
     rows, calls = [], []
@@ -174,7 +182,9 @@ def test_every_draft_is_that_of_the_page(model, monkeypatch, mtp_depth):
     monkeypatch.setattr(DraftHeads, "logits", watched_logits)
     ids, mask = prompts(3, 5)
     padding = (mask == 0).sum(-1)
-    generate(model, ids, mask, use_mtp=True, mtp_depth=mtp_depth, max_new_tokens=14, eos_token_id=None)
+    tokens = 3 * WINDOW if depths is PausingDepth else 14
+    mtp_depth = "auto" if depths else 3
+    generate(model, ids, mask, use_mtp=True, mtp_depth=mtp_depth, max_new_tokens=tokens, eos_token_id=None)
     assert {head for head, *_ in calls} == {0, 1, 2}
     for head, tokens, positions, output, sequences in calls:
         for index, sequence in enumerate(sequences):
