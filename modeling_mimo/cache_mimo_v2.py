@@ -170,8 +170,9 @@ class _BufferedCacheLayer(CacheLayerMixin):
             self._set_buffers([buffer.clone() for buffer in self.buffers])
         for rows in self.live_rows():
             for row, amount in zip(rows, amounts):
-                # clone: source and target slots overlap
-                row[:, amount:] = row[:, : self.stored - amount].clone()
+                if amount:
+                    # clone: source and target slots overlap
+                    row[:, amount:] = row[:, : self.stored - amount].clone()
 
     def align_rows(self, ends: Sequence[int], length: int) -> None:
         """Moves batch row i, which ends in the last slot, to end before slot `ends[i]` of `length` slots; zeros
