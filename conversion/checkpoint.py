@@ -200,7 +200,7 @@ def repository_revision(folder: Path | None) -> str | None:
 
 
 def _download(repo: str, patterns: tuple[str, ...]) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(repo).exists():
         raise FileNotFoundError(f"{repo}: expected a folder or a Hub repository `owner/name`, got neither.")
     from huggingface_hub import snapshot_download
 

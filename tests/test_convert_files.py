@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_mimo.checkpoint_mimo_v2 import Checkpoint, read_header
 from modeling_mimo.conversion import shard_writer
-from modeling_mimo.conversion.checkpoint import SafetensorsSource, open_source
+from modeling_mimo.conversion.checkpoint import SafetensorsSource, open_headers, open_source
 from modeling_mimo.conversion.convert_mimo_v2_to_hf import convert
 from modeling_mimo.conversion.converters import PARTS, plan_conversions
 from modeling_mimo.conversion.random_checkpoint import write_random_checkpoint
@@ -410,3 +410,12 @@ def test_shards_may_be_one_file_without_an_index(tmp_path, checkpoints):
     run(tmp_path, tmp_path.parent / "single_out")
     assert same_tensors(tmp_path, tmp_path.parent / "single_out")
     assert json.loads((tmp_path.parent / "single_out" / INDEX).read_text())["weight_map"].keys() == tensors.keys()
+
+
+def test_a_file_is_no_repository(tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for opener in (open_source, open_headers):
+        with pytest.raises(FileNotFoundError, match="expected a folder or a Hub repository .* got neither"):
+            opener("owner/name")
