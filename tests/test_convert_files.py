@@ -417,5 +417,5 @@ def test_a_file_is_no_repository(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").write_text("{}")
     monkeypatch.chdir(tmp_path)
     for opener in (open_source, open_headers):
-        with pytest.raises(FileNotFoundError, match="expected a folder or a Hub repository .* got neither"):
+        with pytest.raises(FileNotFoundError, match=r"expected a folder or a Hub repository .* got neither"):
             opener("owner/name")
