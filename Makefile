@@ -10,7 +10,7 @@ demo: $(READY)
 	  --audio examples/media/speech.wav --audio examples/media/sweep.ogg
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .
