@@ -27,6 +27,10 @@ SCRIPTS = {
     "hearing.py": ("Audio tokenizer: real time, matrix products, memory of an hour", ["--quick"]),
     "mtp.py": ("Drafting with MTP heads trained on real text", ["--quick"]),
     "mtp_memory.py": ("What a long prompt costs drafting, beside Transformers' loop", ["--quick"]),
+    "quantized.py": ("What quantization costs a trained model", ["--quick"]),
+    "offload.py": ("Weights on disk beside accelerate's disk offload", ["--quick"]),
+    "lora_memory.py": ("Memory of one training step", ["--quick"]),
+    "compile.py": ("The compiled decode step", ["--quick"]),
     "preprocess.py": ("Preprocessing of a photo and a clip", ["--quick"]),
     "convert.py": ("Conversion against copying", ["--quick"]),
     "fp8_convert.py": ("FP8 and MXFP4 arithmetic of conversion", ["--quick"]),
@@ -41,7 +45,7 @@ def run(script: str, arguments: list[str]) -> tuple[str, int]:
     # From the repository's root by relative path: scripts print the command they were called with
     process = [sys.executable, f"benchmarks/{script}", *arguments]
     done = subprocess.run(process, cwd=FOLDER.parent, stdout=subprocess.PIPE, text=True)
-    section = f"## {SCRIPTS[script][0]}\n\n```\n{command}\n```\n\n{done.stdout.strip()}\n"
+    section = f"## {SCRIPTS[script][0]}\n\n```text\n{command}\n```\n\n{done.stdout.strip()}\n"
     if done.returncode:
         section += f"\nThis run ended with status {done.returncode}.\n"
     return section, done.returncode

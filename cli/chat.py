@@ -8,6 +8,8 @@ import sys
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
+from .loading import add_arguments, load
+
 
 EXAMPLE = """examples:
   mimo chat /models/MiMo-V2.5
@@ -46,7 +48,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint: a folder, or the name of a repository")
+    add_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     parser.add_argument("--system", default="", metavar="TEXT", help="system text (default: that of the template)")
     for kind, article in (("image", "an"), ("video", "a"), ("audio", "an")):
@@ -57,10 +59,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, help="sample from the most likely tokens of this total probability")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
     parser.add_argument("--no-thinking", dest="thinking", action="store_false", help="answer without thinking")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    parser.add_argument("--device-map", default="auto", help="cpu, cuda, auto, ... (default: auto)")
-    parser.add_argument("--fp8-resident", action="store_true", help="keep the weights FP8 in memory")
-    parser.add_argument("--no-towers", dest="towers", action="store_false", help="load the text model alone")
     parser.add_argument("--json", action="store_true", help="with --prompt: print one JSON object")
     return parser
 
@@ -114,25 +112,12 @@ def generation_options(args) -> dict:
 
 def load_session(args, options: dict):
     """A ChatSession. ValueError, OSError: no checkpoint there."""
-    if not os.path.isdir(args.path) and (args.path.count("/") != 1 or args.path.startswith((".", "/", "~"))):
-        raise ValueError(f"{args.path}: expected a folder or the name of a repository like XiaomiMiMo/MiMo-V2.5.")
+    model, processor = load(args)
 
-    from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
-    from transformers.utils import logging
-
-    from modeling_mimo import MiMoV2FP8Config
+    from transformers import set_seed
 
     from .chat_session import ChatSession
 
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(args.path)
-    quantization = {"quantization_config": MiMoV2FP8Config(dequantize=False)} if args.fp8_resident else {}
-    towers = {} if args.towers else {"load_towers": False}
-    model = AutoModelForCausalLM.from_pretrained(
-        args.path, dtype=args.dtype, device_map=args.device_map, **quantization, **towers
-    )
     set_seed(args.seed)
     return ChatSession(model, processor, args.system, args.thinking, args.max_new_tokens, options)
 

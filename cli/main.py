@@ -18,6 +18,7 @@ SUBCOMMANDS = (
     "doctor",
     "inspect",
     "plan",
+    "serve",
     "verify",
 )
 

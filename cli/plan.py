@@ -10,6 +10,7 @@ EXAMPLE = """\
 examples:
   mimo plan MiMo-V2.5 --context 256K
   mimo plan /models/MiMo-V2.5-Pro --context 32K --batch 4 --dtype bf16 --json
+  mimo plan MiMo-V2.5 --gpu-mem 24GB --cpu-mem 64GB     where device_map would put what, bytes fetched per token
 """
 
 BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
@@ -53,6 +54,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: 1)")
     parser.add_argument("--dtype", choices=sorted(BYTES), help="of the weights in memory (default: as released)")
     parser.add_argument("--prefill-chunk", metavar="TOKENS", default="4K", help="prompt tokens per step (default: 4K)")
+    parser.add_argument(
+        "--gpu-mem", metavar="SIZES", help="for weights on GPUs, e.g. 24GB or 80GB,80GB: plan a device map"
+    )
+    parser.add_argument(
+        "--cpu-mem", metavar="SIZE", help="for weights in CPU memory, e.g. 64GB: the rest goes to disk"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -90,8 +97,21 @@ def run(args: argparse.Namespace) -> int:
     plan["total"] = sum(needed)
     plan["machine"] = machine()
     plan["verdict"] = verdict(plan["total"], **plan["machine"])
+    if args.gpu_mem is not None or args.cpu_mem is not None:
+        plan["placement"] = placement(target, dtype, args)
     print(json.dumps(plan, indent=2) if args.json else as_text(plan))
     return 0
+
+
+def placement(target, dtype: str, args: argparse.Namespace) -> dict:
+    """`plan_placement` for the memory given on the command line."""
+    from .plan_placement import parse_memory, plan_placement
+
+    gpus = parse_memory(args.gpu_mem, "--gpu-mem") if args.gpu_mem is not None else []
+    (cpu, *more) = parse_memory(args.cpu_mem, "--cpu-mem") if args.cpu_mem is not None else [0]
+    if more:
+        raise ValueError(f"--cpu-mem: expected one size, got {args.cpu_mem!r}.")
+    return plan_placement(target.config, target.tensors, dtype, gpus, cpu)
 
 
 def plan_weights(config, tensors, dtype: str | None) -> dict:
@@ -201,6 +221,15 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
+def _placement_rows(placement: dict) -> list[tuple[str, int]]:
+    rows = []
+    for title, part in (('device_map="auto"', placement["auto"]), ("expert_device_map", placement["experts"])):
+        rows.append((f"{title}, fetched per token", sum(part["per_token"].values())))
+        for device, size in part["devices"].items():
+            rows.append((f"  on GPU {device}" if device.isdigit() else f"  on {device}", size))
+    return rows
+
+
 def as_text(plan: dict) -> str:
     """The same for people."""
     weights, kv, activations, here = plan["weights"], plan["kv"], plan["activations"], plan["machine"]
@@ -217,8 +246,12 @@ def as_text(plan: dict) -> str:
         ("total", plan["total"]),
         ("RAM here", here["ram"]),
         *((f"GPU here: {gpu['name']}", gpu["bytes"]) for gpu in here["gpus"]),
+        *(_placement_rows(plan["placement"]) if "placement" in plan else ()),
     ]
     lines = [f"{plan['name']}: {plan['batch']} x {plan['context']:,} tokens, prefill by {plan['prefill_chunk']:,}"]
     lines += [f"{label:<40}{_gib(size):>16}" for label, size in rows]
-    lines += [f"{part}: {plan[part]['formula']}" for part in ("weights", "kv", "activations")]
+    parts = ("weights", "kv", "activations", "placement")
+    lines += [f"{part}: {plan[part]['formula']}" for part in parts if part in plan]
+    if "placement" in plan and not plan["placement"]["experts"]["fits"]:
+        lines.append("expert_device_map: what is no expert does not fit where it computes")
     return "\n".join([*lines, plan["verdict"]])

@@ -11,13 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`AutoProcessor` for MiMo-V2. The folder `processors/` is imported when a processor is first asked for."""
+"""`AutoProcessor` and `pipeline` for MiMo-V2. What they make is imported when it is first asked for."""
 
 import importlib
 import json
 from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file
 
 from .configuration_mimo_v2 import FLASH_MODEL_TYPE, MiMoV2Config
@@ -45,6 +46,15 @@ def route_auto_processor() -> None:
 
     from_pretrained.__doc__ = original.__doc__
     AutoProcessor.from_pretrained = classmethod(from_pretrained)
+
+
+def route_any_to_any() -> None:
+    """Lets `pipeline("any-to-any")` find MiMoV2AnyToAnyPipeline, which leaves models of other families alone.
+
+    Not by `register_pipeline`, which warns, wants the class itself and would forget the default model of the task.
+    """
+    task = PIPELINE_REGISTRY.supported_tasks["any-to-any"]
+    task["impl"] = f"{__package__}.pipelines_mimo_v2.MiMoV2AnyToAnyPipeline"
 
 
 def _own_class(name_or_path: Any, kwargs: dict[str, Any]) -> type | None:

@@ -38,6 +38,8 @@ _FINGERPRINT_FIELDS = (
     "rope_parameters",
     "attention_value_scale",
 )
+# Far more than the three drafts of the MTP heads, and few beside a window of 128
+DEFAULT_ROLLBACK = 32
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -450,7 +452,7 @@ class HybridCache(Cache):
     def __init__(
         self,
         config: Any,
-        max_rollback: int = 32,
+        max_rollback: int = DEFAULT_ROLLBACK,
         global_dtype: torch.dtype | None = None,
         offload_global: bool = False,
     ) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 
-from .configuration_mimo_v2 import FLASH_MODEL_TYPE, MiMoV2Config
+from .configuration_mimo_v2 import BNB_METHODS, FLASH_MODEL_TYPE, RELEASED_QUANT_METHOD, MiMoV2Config
 from .weight_mapping_mimo_v2 import MXFP4_PER_BYTE, ReleasedTensor, released_tensors, weight_name
 
 
@@ -374,7 +374,8 @@ class CheckpointReport:
     """What `check_tensors` found: every tensor is known and complete.
 
     `layout` is "chunked" or "plain" (row order of a fused projection) or "split"; `layout_source` says what decided.
-    `not_loaded` counts the tensors per part that the files have and the model leaves there.
+    `not_loaded` counts the tensors per part that the files have and the model leaves there. `quantized` names what a
+    saved model was quantized with.
     """
 
     layout: str
@@ -383,9 +384,10 @@ class CheckpointReport:
     mxfp4: bool
     parts: dict[str, PartTotals]
     not_loaded: dict[str, int]
+    quantized: str | None = None
 
     def __str__(self) -> str:
-        weights = ("FP8" if self.fp8 else "not FP8") + (", experts MXFP4" if self.mxfp4 else "")
+        weights = self.quantized or ("FP8" if self.fp8 else "not FP8") + (", experts MXFP4" if self.mxfp4 else "")
         lines = [f"layout: {self.layout}, from: {self.layout_source}", f"weights: {weights}"]
         for part, totals in self.parts.items():
             note = " (known, not loaded)" if part in self.not_loaded else ""
@@ -415,11 +417,20 @@ def check_tensors(
     expert may also be MXFP4, i.e. U8 with a U8 `<name>_scale`, where `store_dtype` says so.
 
     Args:
-        left_out: parts that the model at hand has no modules for; they may be missing as a whole.
+        left_out: parts, or names of tensors, that the model at hand has no modules for; all of a part may be missing.
 
     Raises:
         ValueError: one error that lists everything missing, unknown, mis-shaped or of a wrong dtype.
     """
+    # an object there is what somebody asked for while loading, not what the files have
+    entry = vars(config).get("quantization_config")
+    if isinstance(entry, dict) and entry.get("quant_method") in BNB_METHODS.values():
+        raise CheckpointError(
+            [
+                "`quantization_config`: expected a released or converted checkpoint, got one of a model quantized with "
+                "bitsandbytes, which `from_pretrained` loads; use the checkpoint it was made of"
+            ]
+        )
     layout, layout_source = find_layout(config, tensors)
     table = released_tensors(config, "plain" if layout == "plain" else "chunked")
     problems = _compare(table, tensors, left_out) + _check_experts(config, table, tensors)
@@ -486,7 +497,7 @@ def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo], l
     for name, spec in table.items():
         info = tensors.get(name)
         if info is None:
-            if spec.part not in optional:
+            if spec.part not in optional and name not in left_out:
                 missing.append(name)
             continue
         scale = None
@@ -531,8 +542,11 @@ def _check_experts(
         if len(dtypes) > 1 and dtypes.intersection(quantized)
     ]
     problems = [f"experts of several dtypes ({len(mixed)}): {_listing(mixed)}"] if mixed else []
-    # V2.5-Pro, which has FP8 experts, does not give it
-    said = (config.to_dict().get("quantization_config") or {}).get("store_dtype", "fp8")
+    quantization = config.to_dict().get("quantization_config") or {}
+    # V2.5-Pro, which has FP8 experts, does not give it; where the entry is another one, files are read as floats
+    said = (
+        quantization.get("store_dtype", "fp8") if quantization.get("quant_method") == RELEASED_QUANT_METHOD else None
+    )
     for store_dtype, dtype, other in (("mxfp4", MXFP4_DTYPE, FP8_DTYPE), ("fp8", FP8_DTYPE, MXFP4_DTYPE)):
         if said == store_dtype and any(other in dtypes for dtypes in stored.values()):
             problems.append(f"`store_dtype` of quantization_config: {said!r} expects {dtype} experts, got {other}")

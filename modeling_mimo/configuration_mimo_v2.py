@@ -87,6 +87,8 @@ FINITE_FIELDS = (
 # `quant_method` of the released files, and the name our quantizer is registered under
 RELEASED_QUANT_METHOD = "fp8"
 QUANT_METHOD = "mimo_v2_fp8"
+# bits -> name in the folder of a model that was quantized with bitsandbytes
+BNB_METHODS = {4: "mimo_v2_bitsandbytes_4bit", 8: "mimo_v2_bitsandbytes_8bit"}
 
 # V2-Flash: same decoder with split projections, rope thetas 5e6 / 1e4 and twice the KV heads in sliding layers
 FLASH_MODEL_TYPE = "mimo_v2_flash"
@@ -218,17 +220,22 @@ class MiMoV2Config(PreTrainedConfig):
     attribute_map = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
     ignore_keys_at_rope_validation = {"partial_rotary_factor", "type"}
 
+    # vision tower and audio encoder stay whole on every rank: 2 GB, which collectives would slow down; so does eh_proj
     base_model_tp_plan = {
-        "layers.*.self_attn.qkv_proj": "colwise",
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.attention_sink_bias": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.self_attn": "local_params",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
+        f"{layer}.{name}": style
+        for layer in ("layers.*", "mtp.layers.*")
+        for name, style in {
+            "self_attn.qkv_proj": "colwise",
+            "self_attn.q_proj": "colwise",
+            "self_attn.k_proj": "colwise",
+            "self_attn.v_proj": "colwise",
+            "self_attn.attention_sink_bias": "colwise",
+            "self_attn.o_proj": "rowwise",
+            "mlp.gate_proj": "colwise",
+            "mlp.up_proj": "colwise",
+            "mlp.down_proj": "rowwise",
+        }.items()
+    } | {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
@@ -238,10 +245,11 @@ class MiMoV2Config(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "mtp.layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
     }
 
     vocab_size: int = 152576

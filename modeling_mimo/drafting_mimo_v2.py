@@ -16,6 +16,7 @@
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from .modeling_mimo_v2_base import apply_rotary_, softmax_with_sinks
@@ -177,6 +178,8 @@ class DraftHeads:
         scores = (grouped @ keys.transpose(-1, -2)).float() * attention.scaling
         hidden = torch.arange(keys.shape[2], device=keys.device) < keys.shape[2] - self.states.counts[:, None]
         scores = scores.masked_fill(hidden[:, None, None], -torch.inf).flatten(1, 2)[:, :, None]
-        weights = softmax_with_sinks(scores, attention.attention_sink_bias).to(values.dtype)
+        # offloaded sinks are brought by `forward`, which does not run here
+        with align_module_device(attention):
+            weights = softmax_with_sinks(scores, attention.sinks).to(values.dtype)
         output = weights.squeeze(2).unflatten(1, (-1, groups)) @ values
         return output.flatten(1, 2).flatten(1)[:, None]

@@ -18,9 +18,10 @@ so it goes into the scale without rounding: (value / 256) * (256 * scale) rounds
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 
 BLOCK = 128
@@ -265,3 +266,24 @@ def _dequantize_plain(codes, grid, out, block) -> None:
 def _scale_rows(grid: torch.Tensor, cols: int, block: int) -> torch.Tensor:
     """[n, ceil(cols / block)] -> [n, 1, cols]: the factor of each column, to broadcast over a block's rows."""
     return grid.repeat_interleave(block, dim=-1)[:, None, :cols]
+
+
+def frozen_linear(hidden_states: torch.Tensor, dequantize: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`F.linear` with a frozen weight [out, in], which `dequantize` makes and the backward pass makes once more.
+
+    Kept for the backward pass instead, the floats of all layers would need as much memory as a dequantized model.
+    """
+    if hidden_states.requires_grad:
+        return _FrozenLinear.apply(hidden_states, dequantize)
+    return F.linear(hidden_states, dequantize())
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, dequantize: Callable[[], torch.Tensor]) -> torch.Tensor:
+        ctx.dequantize = dequantize
+        return F.linear(hidden_states, dequantize())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.dequantize(), None

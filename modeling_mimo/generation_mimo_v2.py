@@ -18,11 +18,11 @@ from functools import partial
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .cache_mimo_v2 import HybridCache
+from .cache_mimo_v2 import DEFAULT_ROLLBACK, HybridCache
 from .configuration_mimo_v2 import MiMoV2Config
 from .generation_mtp_mimo_v2 import mtp_decoding
 
@@ -82,6 +82,47 @@ def explicit_masks(
     }
 
 
+def check_cache_choice(name: str | None) -> None:
+    """Raises a `ValueError` for a `cache_implementation` that cannot hold sliding layers, or not on this machine."""
+    if name == "quantized":
+        raise ValueError(
+            "`cache_implementation`: expected a cache for sliding layers, got 'quantized'; "
+            "`past_key_values=HybridCache(model.config, global_dtype=torch.float8_e4m3fn)` halves the global ones."
+        )
+    if name in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
+        raise ValueError(
+            f"`cache_implementation`: expected an accelerator for {name!r}, got none; "
+            "`past_key_values=HybridCache(model.config, offload_global=True)` works everywhere."
+        )
+
+
+def check_assisted(generation_config: GenerationConfig, model_kwargs: dict) -> None:
+    """Raises a `ValueError` for drafts of a model or of the prompt where Transformers gives wrong tokens or fails."""
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and (cached := cache.get_seq_length()) > 0:
+        raise ValueError(
+            "`past_key_values`: expected an empty cache with `assistant_model` or `prompt_lookup_num_tokens`, got "
+            f"{cached} tokens, which Transformers would feed again; `use_mtp=True` goes on from a cache."
+        )
+    if generation_config.assistant_early_exit is not None:
+        raise ValueError(
+            "`assistant_early_exit`: expected a model trained with early exits, which MiMo is not; `use_mtp=True` "
+            "drafts with its own heads."
+        )
+    is_static = cache is not None and cache.is_compileable
+    if is_static or generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            "`cache_implementation`: expected none with `assistant_model` or `prompt_lookup_num_tokens`, since "
+            "rejected drafts have to be taken back."
+        )
+    drafts = generation_config.prompt_lookup_num_tokens or 1
+    if isinstance(cache, HybridCache) and cache.max_rollback < drafts:
+        raise ValueError(
+            f"`past_key_values`: expected a HybridCache with `max_rollback` of at least {drafts}, got "
+            f"{cache.max_rollback}."
+        )
+
+
 class MiMoV2GenerationMixin(GenerationMixin):
     """`generate` with a `HybridCache` by default, and with media that are encoded before the prefill."""
 
@@ -118,13 +159,51 @@ class MiMoV2GenerationMixin(GenerationMixin):
         is_ours = isinstance(custom_generate, partial) and custom_generate.func is mtp_decoding
         return super()._extract_generation_mode_kwargs(None if is_ours else custom_generate, *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def init_continuous_batching(self, *args, **kwargs):
+        # also behind `generate_batch` and `continuous_batching_context_manager`, which end in a failed request
+        raise ValueError(
+            "continuous batching: expected layers of one shape of keys and values, got two; `generate` takes a padded "
+            "batch, vLLM and SGLang serve many requests."
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        check_cache_choice(generation_config.cache_implementation)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            check_assisted(generation_config, model_kwargs)
         # the default cache of this model; a cache or a cache_implementation that the user names is left alone
         wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
         if wanted and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HybridCache(self.config)
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            # all drafts from the prompt may be rejected at once
+            most = max(DEFAULT_ROLLBACK, generation_config.prompt_lookup_num_tokens or 0)
+            model_kwargs["past_key_values"] = HybridCache(self.config, max_rollback=most)
+        else:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        self.check_static_shapes(generation_config, model_kwargs.get("past_key_values"), max_cache_length)
+
+    def check_static_shapes(self, generation_config: GenerationConfig, cache: Cache | None, length: int) -> None:
+        """Raises a `ValueError` for a static cache beyond the positions, which a compiled step would not notice, and
+        for a `compile_config` with a cache whose shapes change."""
+        is_static = cache is not None and cache.is_compileable
+        if is_static and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"context: expected at most max_position_embeddings={self.config.max_position_embeddings} tokens in a "
+                f"static cache, got {length}."
+            )
+        if generation_config.compile_config is not None and not is_static:
+            got = "no cache" if cache is None else type(cache).__name__
+            raise ValueError(
+                f"`compile_config`: expected `cache_implementation='static'` with it, got {got}, whose shapes change."
+            )
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        if generation_config.compile_config is not None:
+            # who asks for it gets it on a CPU too, where Transformers wants this flag of its own
+            generation_config.compile_config._compile_all_devices = True
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config

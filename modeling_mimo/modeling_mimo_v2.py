@@ -29,8 +29,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_mimo_v2 import HybridCache
 from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors, take_mtp_layers_from_files
-from .configuration_mimo_v2 import MiMoV2Config
+from .configuration_mimo_v2 import QUANT_METHOD, MiMoV2Config
 from .generation_mimo_v2 import MEDIA_INPUTS, MiMoV2GenerationMixin, check_placeholders, explicit_masks
+from .lazy_weights_mimo_v2 import lazy_weights
 from .modeling_mimo_v2_audio import GROUPS_PER_STEP, MiMoV2AudioEncoder, MiMoV2SpeechEmbeddings
 from .modeling_mimo_v2_base import MiMoV2RMSNorm
 from .modeling_mimo_v2_mtp import (
@@ -47,19 +48,20 @@ from .modeling_mimo_v2_text import (
     MiMoV2Router,
 )
 from .modeling_mimo_v2_vision import MiMoV2VisionAttention, MiMoV2VisionModel, MiMoV2VisionRotaryEmbedding
+from .offload_mimo_v2 import MiMoV2OffloadMixin, check_device_map, load_beside_disk
+from .parallel_mimo_v2 import MiMoV2ParallelMixin
+from .quantization_bnb_mimo_v2 import check_saveable, choose_quantization, float_weights, is_saved_quantized
 from .quantization_mimo_v2 import check_scales
+from .saved_bnb_mimo_v2 import check_saved_tensors, scale_bytes
+from .switches_mimo_v2 import SINK_KERNELS, MiMoV2SwitchesMixin
 from .weight_mapping_mimo_v2 import expert_conversions, released_tensors, weight_name
 
 
 logger = logging.get_logger(__name__)
 
-# kernels whose signature takes sinks; any other would drop them without a word
-SINK_KERNELS = ["flash_attention_4", "kernels-community/vllm-flash-attn3"]
-ATTENTION_CHOICES = ("sdpa", "eager", *SINK_KERNELS)
-
 
 @auto_docstring
-class MiMoV2PreTrainedModel(PreTrainedModel):
+class MiMoV2PreTrainedModel(MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2SwitchesMixin, PreTrainedModel):
     config: MiMoV2Config
     base_model_prefix = "model"
     input_modalities = ("image", "video", "audio", "text")
@@ -105,27 +107,26 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
             for layer_type in module.layer_types:
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), module.inverse_frequencies(layer_type))
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        if attn_implementation is not None and attn_implementation not in ATTENTION_CHOICES:
-            raise ValueError(
-                f"`attn_implementation`: expected one of {list(ATTENTION_CHOICES)}, got {attn_implementation!r}, "
-                "which would drop the attention sinks of the sliding layers."
-            )
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-
     @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # Transformers looks for the decorator in the source of this file; it is in modeling_mimo_v2_text.py
-        return True
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
+        """As in Transformers; `quantization_config` may differ from what the checkpoint is stored in."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors`: expected None or True, got False: pickles are never read.")
+        if kwargs.get("quantization_config") is not None:
+            kwargs = choose_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        # the sorted loop of MiMoV2Experts is faster than grouped_mm on a CPU (docs/benchmarks.md)
-        if requested_experts is None and not torch.cuda.is_available():
-            requested_experts = "eager"
-        return super().get_correct_experts_implementation(requested_experts)
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes as in Transformers, with the scales that bitsandbytes keeps beside the parameters."""
+        return super().get_memory_footprint(return_buffers) + scale_bytes(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in Transformers, with a warning for the parts of the checkpoint that are not in the saved folder."""
+        check_saveable(vars(self).get("hf_quantizer"))
+        if kwargs.get("save_original_format") is False:
+            raise ValueError(
+                "`save_original_format`: expected True, got False: `from_pretrained` checks the released names."
+            )
         if self.load_report is not None and self.load_report.not_loaded:
             parts = ", ".join(f"{part} ({count} tensors)" for part, count in self.load_report.not_loaded.items())
             logger.warning(f"Not in {save_directory}, because they were left in the files: {parts}.")
@@ -147,23 +148,45 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
             # the backbone alone, and a model loaded with load_towers=False, have no place for the towers
             text_only = not isinstance(model, MiMoV2ForCausalLM) or not model.config.load_towers
             left_out = ("vision", "audio") if text_only else ()
+            if isinstance(model, MiMoV2Model):
+                # a folder that a backbone saved has none
+                left_out = (*left_out, "lm_head.weight")
             if not model.config.load_mtp:
                 left_out = ("mtp", *left_out)
             take_mtp_layers_from_files(model.config, checkpoint.tensors)
             model.base_model.drop_missing_mtp_layers()
+            if load_config.device_map is not None:
+                check_device_map(model, load_config.device_map)
+            if is_saved_quantized(load_config.hf_quantizer):
+                model.load_report, names = check_saved_tensors(model, checkpoint.tensors, left_out)
+                state_dict = {name: part for name, part in checkpoint.slices().items() if name in names}
+                return PreTrainedModel._load_pretrained_model(
+                    model, state_dict, checkpoint_files, load_config, expected_keys
+                )
             report = check_tensors(model.config, checkpoint.tensors, left_out)
-            if report.fp8 and load_config.hf_quantizer is None:
+            if (report.fp8 or report.mxfp4) and load_config.hf_quantizer is None:
                 raise ValueError("`quantization_config`: expected an entry in config.json for FP8 weights, got none.")
             slices = checkpoint.slices()
             check_scales(slices)
-            if report.layout == "plain" and load_config.hf_quantizer is not None:
-                load_config.hf_quantizer.set_plain_layout(model)
-            targets = released_tensors(model.config)
+            quantizer = load_config.hf_quantizer
+            keeps_released = quantizer is not None and quantizer.quantization_config.quant_method == QUANT_METHOD
+            if report.layout == "plain":
+                model.config.fused_qkv_layout = "plain"
+                if keeps_released:
+                    quantizer.set_plain_layout(model)
+            targets = released_tensors(model.config, "plain" if report.layout == "plain" else "chunked")
             state_dict = {
                 name: part for name, part in slices.items() if targets[weight_name(name)].part not in left_out
             }
+            if model.is_distributed_loading_by_transformers:
+                model.check_shared_layout(report.layout)
+                state_dict = lazy_weights(state_dict, targets, model.state_dict())
+            if quantizer is not None and not keeps_released:
+                state_dict = float_weights(state_dict, targets, load_config.dtype)
             model.load_report = report
             logger.info(str(report))
+            if load_config.device_map is not None and "disk" in load_config.device_map.values():
+                return load_beside_disk(model, state_dict, checkpoint_files, load_config, expected_keys)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
@@ -185,6 +208,12 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if config.moe_router_dtype == "float32":
             self._keep_in_fp32_modules_strict.append("mlp.gate.weight")
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
+        """As in Transformers, under the names of a whole checkpoint; a `MiMoV2Model` alone can read it again."""
+        tensors = self.state_dict() if state_dict is None else state_dict
+        prefixed = {f"{self.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()}
+        super().save_pretrained(save_directory, *args, state_dict=prefixed, **kwargs)
 
     def drop_missing_mtp_layers(self) -> None:
         """Leaves `config.num_mtp_layers` heads, after the files turned out to have no more."""
@@ -213,16 +242,16 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if isinstance(attention_mask, dict):
             # `generate` has built the masks of a static cache already
             return attention_mask
+        static = past_key_values is not None and past_key_values.is_compileable
+        if static or (attention_mask is not None and attention_mask.dim() == 4):
+            return explicit_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         packed = None
         if position_ids is not None and attention_mask is None and past_length == 0:
             packed = find_packed_sequence_indices(position_ids)
-        static = past_key_values is not None and past_key_values.is_compileable
-        if packed is not None and not static:
+        if packed is not None:
             # given a cache, even an empty one, Transformers' mask functions do not look for packed sequences
             return explicit_masks(self.config, inputs_embeds, attention_mask, None, position_ids)
-        if static or (attention_mask is not None and attention_mask.dim() == 4):
-            return explicit_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if attention_mask is None:
             return dict.fromkeys(self.config.layer_types)
         queries = inputs_embeds.shape[1]
@@ -245,9 +274,14 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         return masks
 
     def check_lengths(self, past_key_values: Cache | None, queries: int) -> None:
-        """Raises a `ValueError` for a cache of another config or a context beyond `max_position_embeddings`."""
+        """Raises a `ValueError` for a cache of another config, too long a context, or a trace of one prompt."""
+        if torch.jit.is_tracing():
+            raise ValueError("`torch.jit.trace`: expected `torch.export`, since a trace keeps one prompt's branches.")
         if isinstance(past_key_values, HybridCache):
             past_key_values.check_config(self.config)
+        # `generate` has compared the longest sequence with the positions before the first compiled step
+        if torch.compiler.is_compiling():
+            return
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past_length + queries > self.config.max_position_embeddings:
             raise ValueError(
@@ -281,12 +315,18 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             `last_hidden_state` [B, S, hidden] after the final norm, the cache, and `mtp_hidden_states` of the heads.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask of another shape; a cache of
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; media; a mask of another shape; a cache of
                 another config; a context beyond `max_position_embeddings`; `run_mtp` without heads, or behind a cache
                 whose states the heads have not seen.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids`, `inputs_embeds`: expected exactly one of the two.")
+        if media := [name for names in MEDIA_INPUTS.values() for name in names if kwargs.get(name) is not None]:
+            # unknown arguments go down to attention, which would leave them unseen
+            raise ValueError(
+                f"`{media[0]}`: expected text alone, got media, which MiMoV2ForCausalLM takes; with TRL use "
+                "modeling_mimo.training.MiMoV2SFTTrainer."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -343,7 +383,11 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {
+        "lm_head": "keep_full_weight",
+        "visual.blocks.*": "free_full_weight",
+        "audio_encoder.input_local_transformer.layers.*": "free_full_weight",
+    }
 
     def __init__(self, config: MiMoV2Config):
         super().__init__(config)
@@ -498,7 +542,10 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
             media["audio"] = self.get_audio_features(audio_codes, audio_code_lengths)
         if media and (input_ids is None or inputs_embeds is not None):
             raise ValueError(f"`input_ids`: expected placeholders for {sorted(media)} features, got `inputs_embeds`.")
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        # only the decode step is compiled, where a static cache's length is a tensor, which no branch may depend on
+        is_prefill = not torch.compiler.is_compiling() and (
+            past_key_values is None or bool(past_key_values.get_seq_length() == 0)
+        )
         # CODEPATH: V2.5 and V2.6 have placeholders to look for, V2.5-Pro and V2-Flash none
         has_placeholders = self.config.vision_config is not None or self.config.audio_config is not None
         if media or (is_prefill and inputs_embeds is None and has_placeholders):

@@ -100,6 +100,14 @@ def causal_mask(
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
 
+def bool_mask(explicit_mask: torch.Tensor) -> torch.Tensor:
+    """A mask [B or 1, 1, queries, keys], bool or additive, as bool."""
+    if explicit_mask.dtype == torch.bool:
+        return explicit_mask
+    # additive masks mark hidden keys by the smallest number of their dtype
+    return explicit_mask > torch.finfo(explicit_mask.dtype).min / 2
+
+
 def softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Float32 softmax over the last dim of `scores` [B, heads, queries, keys], -inf where a key is not seen.
 
@@ -144,10 +152,9 @@ def eager_attention_forward(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(-1, -2)).float() * scaling
-    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype != torch.bool:
-        # additive masks mark hidden keys by the smallest number of their dtype
-        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-    elif attention_mask is None or attention_mask.dim() == 2:
+    if attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask = bool_mask(attention_mask)
+    else:
         key_mask = None if attention_mask is None else attention_mask.bool()
         attention_mask = causal_mask(key_mask, query.shape[2], key.shape[2], sliding_window, query.device)
     weights = softmax_with_sinks(scores.masked_fill(~attention_mask, -math.inf), s_aux)
@@ -264,11 +271,13 @@ def decode_attention(query, key, value, key_mask, window, scaling, sinks) -> tor
     of a KV group form one small matrix, so keys and values are read once and never expanded.
 
     On a CPU there is one product per KV head and segment of keys: a batched product copies keys and values, which are
-    views of a cache with room to grow; for few keys the copy is cheaper than more calls.
+    views of a cache with room to grow; for few keys the copy is cheaper than more calls. A `key_mask` of four dims, as
+    a static cache brings, comes with causality and window, and with keys that are whole tensors.
     """
     (batch, heads, queries, dim), (kv_heads, keys) = query.shape, key.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
-    in_pieces = query.device.type == "cpu" and keys > FEW_KEYS
+    explicit = key_mask is not None and key_mask.dim() == 4
+    in_pieces = query.device.type == "cpu" and keys > FEW_KEYS and not explicit
     if in_pieces:
         pieces = list(itertools.product(range(batch), range(kv_heads), key_segments(keys)))
         scores = torch.empty(*grouped.shape[:3], keys)
@@ -277,8 +286,10 @@ def decode_attention(query, key, value, key_mask, window, scaling, sinks) -> tor
     else:
         scores = (grouped @ key.transpose(-1, -2)).float()
     scores = (scores * scaling).view(batch, heads, queries, keys)
+    if explicit:
+        scores = scores.masked_fill(~key_mask, -math.inf)
     # a single query sees every key that its caller left
-    if queries > 1 or key_mask is not None:
+    elif queries > 1 or key_mask is not None:
         window = None if queries == 1 else window
         scores = scores.masked_fill(~causal_mask(key_mask, queries, keys, window, query.device), -math.inf)
     weights = softmax_with_sinks(scores, sinks).view(*grouped.shape[:3], keys).to(value.dtype)
@@ -477,9 +488,12 @@ def sdpa_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Same contract and numbers as `eager_attention_forward`, without weights and without a queries x keys matrix.
 
-    Explicit 4-D masks and attention dropout take the eager path: right, quadratic in memory.
+    Many queries with an explicit 4-D mask, and attention dropout, take the eager path: right, quadratic in memory.
     """
     explicit_mask = attention_mask is not None and attention_mask.dim() == 4
+    if explicit_mask and query.shape[2] <= FEW_QUERIES and dropout == 0:
+        output = decode_attention(query, key, value, bool_mask(attention_mask), sliding_window, scaling, s_aux)
+        return output.transpose(1, 2), None
     if explicit_mask or (dropout > 0 and module.training):
         return eager_attention_forward(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window, s_aux

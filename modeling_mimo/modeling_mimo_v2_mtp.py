@@ -167,9 +167,15 @@ class MiMoV2MTPTrainingMixin:
         labels: torch.LongTensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, ...]:
-        """Loss of each MTP head, aligned as `generate` uses them: head k at position i against the token i + 2 + k."""
+        """Loss of each MTP head, aligned as `generate` uses them: head k at position i against the token i + 2 + k.
+
+        `shift_labels` take the place of `labels`, as in Transformers: position i holds the token i + 1.
+        """
+        if shift_labels is not None:
+            labels = F.pad(shift_labels, (1, 0), value=-100)[:, :-1]
         losses = []
         for head, hidden_states in enumerate(mtp_hidden_states):
             targets = mtp_targets(labels, head, attention_mask, position_ids)

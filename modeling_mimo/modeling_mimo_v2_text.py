@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.distributed.utils import is_dtensor
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
@@ -99,6 +101,12 @@ class MiMoV2Attention(nn.Module):
         sinks = nn.Parameter(torch.zeros(self.geometry.num_heads)) if self.geometry.has_sinks else None
         self.register_parameter("attention_sink_bias", sinks)
 
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """[heads of this rank] or None."""
+        sinks = self.attention_sink_bias
+        return sinks.to_local() if is_dtensor(sinks) else sinks
+
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, S, hidden] -> query, key, scaled value as [B, heads of each, S, head dim of each].
 
@@ -151,6 +159,9 @@ class MiMoV2Attention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project_in_steps(hidden_states)
+        if query.requires_grad:
+            # autograd forbids the rotation in place on views of what bitsandbytes' own functions return
+            query, key = query.clone(), key.clone()
         query, key = apply_rotary_(query, *position_embeddings), apply_rotary_(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -164,7 +175,7 @@ class MiMoV2Attention(nn.Module):
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
             sliding_window=self.geometry.window,
-            s_aux=self.attention_sink_bias,
+            s_aux=self.sinks,
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -221,21 +232,50 @@ class MiMoV2Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes tensors per expert as well. A Trainer resumes from the files that `save_pretrained` wrote, in their
+        released names, and would go on with the experts it has after a mere warning."""
+        gate, up = self.gate_up_proj.chunk(2, dim=1)
+        targets = (("gate_proj", "gate_up_proj", gate), ("up_proj", "gate_up_proj", up))
+        targets += (("down_proj", "down_proj", self.down_proj),)
+        # codes of a byte and less have scales beside them
+        for kind, name, target in targets if self.gate_up_proj.element_size() > 1 else ():
+            for expert in range(self.num_experts):
+                # files are loaded one after the other, of which each has some of the experts
+                if (tensor := state_dict.pop(f"{prefix}{expert}.{kind}.weight", None)) is not None:
+                    target[expert].copy_(tensor)
+                    state_dict[prefix + name] = getattr(self, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def expert_weight(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's matrix of "gate_up_proj" `[2 * intermediate, hidden]` or "down_proj" `[hidden, intermediate]`,
+        for input of `dtype`."""
+        return getattr(self, name)[expert]
+
     def expert_weights(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[2 * intermediate, hidden]` and `[hidden, intermediate]` of one expert, for input of `dtype`."""
-        return self.gate_up_proj[expert], self.down_proj[expert]
+        """Both matrices of one expert."""
+        return self.expert_weight("gate_up_proj", expert, dtype), self.expert_weight("down_proj", expert, dtype)
+
+    def project(self, name: str, expert: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] times one expert's matrix: where adapters come in."""
+        return F.linear(hidden_states, self.expert_weight(name, expert, hidden_states.dtype))
 
     def run_expert(self, expert: int, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] of one expert, times the routing `weights` [tokens, 1] of its tokens."""
-        gate_up, down = self.expert_weights(expert, hidden_states.dtype)
-        gate, up = F.linear(hidden_states, gate_up).chunk(2, dim=-1)
+        gate, up = self.project("gate_up_proj", expert, hidden_states).chunk(2, dim=-1)
         # weighing here, where the rows are narrow, is the same sum and half the memory traffic
-        return F.linear((self.act_fn(gate) * up * weights).to(hidden_states.dtype), down)
+        return self.project("down_proj", expert, (self.act_fn(gate) * up * weights).to(hidden_states.dtype))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[tokens, hidden], indices and weights [tokens, k] -> [tokens, hidden], summed in float32."""
+        if torch.compiler.is_compiling() and type(self) is MiMoV2Experts:
+            # a graph cannot ask which experts were hit; copying weights per token pays for few tokens alone
+            few = hidden_states.shape[0] * top_k_index.shape[-1] <= self.num_experts
+            compiled = ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"]
+            return compiled(self, hidden_states, top_k_index, top_k_weights)
         size = ROWS_PER_EXPERT * self.num_experts // top_k_index.shape[-1]
         chunks = zip(*(part.split(size) for part in (hidden_states, top_k_index, top_k_weights)))
         return torch.cat([self.run_chunk(*chunk) for chunk in chunks])

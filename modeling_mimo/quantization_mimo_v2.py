@@ -7,17 +7,20 @@ The MXFP4 experts of V2.6 are dequantized while loading, or kept packed and dequ
 quantizer is not used: it knows the transposed tensors of GPT-OSS alone, and its experts need Triton kernels.
 """
 
+import functools
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.distributed.utils import is_dtensor
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from .configuration_mimo_v2 import QUANT_METHOD, MiMoV2Config
-from .fp8_mimo_v2 import dequantize_blocks, dequantize_chunks, pad_chunks, unpad_chunks
+from .fp8_mimo_v2 import dequantize_blocks, dequantize_chunks, frozen_linear, pad_chunks, unpad_chunks
 from .modeling_mimo_v2_text import MiMoV2Attention, MiMoV2Experts
 from .mxfp4_mimo_v2 import EXPONENT_NAN, dequantize_mxfp4
 from .weight_mapping_mimo_v2 import FP8_BLOCK, MXFP4_GROUP, MXFP4_PER_BYTE, expert_conversions, weight_name
@@ -74,6 +77,9 @@ class MiMoV2FP8Linear(nn.Module):
         chunks: row groups the scale blocks are counted in; the last block of a group may be partial.
     """
 
+    # Transformers' tensor parallelism runs it on this rank's share, as its own FP8 layers
+    _hf_quantized_needs_local_tp = True
+
     def __init__(self, in_features: int, out_features: int, chunks: int = 1):
         super().__init__()
         self.in_features, self.out_features, self.chunks = in_features, out_features, chunks
@@ -84,11 +90,41 @@ class MiMoV2FP8Linear(nn.Module):
         self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = dequantize_chunks(self.weight, self.weight_scale_inv, self.chunks, hidden_states.dtype)
-        return F.linear(hidden_states, weight)
+        # tensor parallelism leaves a rank whole chunks
+        chunks = max(1, self.chunks * self.weight.shape[0] // self.out_features)
+        stored = (self.weight, self.weight_scale_inv, chunks)
+        return frozen_linear(hidden_states, functools.partial(dequantize_chunks, *stored, hidden_states.dtype))
 
 
-class MiMoV2FP8Experts(MiMoV2Experts):
+class CodedExpertsMixin:
+    """For stacked experts whose parameters are codes: refuses PEFT's own `target_parameters`.
+
+    PEFT would add its product to the codes as if they were weights, and on integers train nothing without a word.
+    """
+
+    # set by adapters that work on hidden states instead, those of `modeling_mimo.training.lora_config`
+    takes_adapters = False
+
+    @property
+    def is_transposed(self) -> bool:
+        """Asked by whoever takes the stacked matrices for floats, as PEFT does before it adds a product.
+
+        Raises:
+            ValueError: unless the adapters know codes.
+        """
+        if not self.takes_adapters:
+            raise ValueError(
+                "`target_parameters`: expected none on experts whose parameters are codes; make the LoraConfig with "
+                "modeling_mimo.training.lora_config, which adapts them."
+            )
+        return False
+
+    @is_transposed.setter
+    def is_transposed(self, value: bool) -> None:
+        """Transformers' decorator sets it; there is nothing to keep."""
+
+
+class MiMoV2FP8Experts(CodedExpertsMixin, MiMoV2Experts):
     """Stacked experts that stay FP8; each hit expert is dequantized when it runs."""
 
     def __init__(self, config: MiMoV2Config):
@@ -103,15 +139,21 @@ class MiMoV2FP8Experts(MiMoV2Experts):
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
             setattr(self, f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
 
-    def expert_weights(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up = dequantize_chunks(self.gate_up_proj[expert], self.gate_up_proj_scale_inv[expert], 2, dtype)
-        return gate_up, dequantize_blocks(self.down_proj[expert], self.down_proj_scale_inv[expert], dtype)
+    def expert_weight(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        chunks = 2 if name == "gate_up_proj" else 1
+        return dequantize_chunks(
+            getattr(self, name)[expert], getattr(self, f"{name}_scale_inv")[expert], chunks, dtype
+        )
+
+    def project(self, name: str, expert: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = functools.partial(self.expert_weight, name, expert, hidden_states.dtype)
+        return frozen_linear(hidden_states, weight)
 
     # the interchangeable experts functions of Transformers read the weights themselves: only the eager form knows FP8
     forward = MiMoV2Experts.forward.__wrapped__
 
 
-class MiMoV2MXFP4Experts(MiMoV2Experts):
+class MiMoV2MXFP4Experts(CodedExpertsMixin, MiMoV2Experts):
     """Stacked experts that stay MXFP4, 4.25 bits per weight; each hit expert is dequantized when it runs."""
 
     def __init__(self, config: MiMoV2Config):
@@ -123,9 +165,11 @@ class MiMoV2MXFP4Experts(MiMoV2Experts):
             setattr(self, name, nn.Parameter(packed, requires_grad=False))
             setattr(self, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
 
-    def expert_weights(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up = dequantize_mxfp4(self.gate_up_proj[expert], self.gate_up_proj_scale[expert], dtype)
-        return gate_up, dequantize_mxfp4(self.down_proj[expert], self.down_proj_scale[expert], dtype)
+    def expert_weight(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize_mxfp4(getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert], dtype)
+
+    # as in MiMoV2FP8Experts
+    project = MiMoV2FP8Experts.project
 
     # as in MiMoV2FP8Experts
     forward = MiMoV2Experts.forward.__wrapped__
@@ -149,6 +193,8 @@ class DequantizeExperts(ConversionOps):
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
         weight_patterns = [pattern for pattern in source_patterns if weight_name(pattern) == pattern]
         target = model.get_parameter(full_layer_name)
+        # a rank of a parallel model was handed its share of the experts, or of their rows
+        target = target.to_local() if is_dtensor(target) else target
         stacked = torch.empty(target.shape, dtype=target.dtype, device=input_dict[weight_patterns[0]][0].device)
         for part, pattern in zip(stacked.chunk(len(weight_patterns), dim=1), weight_patterns):
             # CODEPATH: V2.6 has MXFP4 experts and their scales, every other release FP8
@@ -173,7 +219,11 @@ class PadChunks(ConversionOps):
         (tensor,) = (_only(tensors) for tensors in input_dict.values())
         chunks = _chunks(model, full_layer_name)
         # one chunk has a regular grid as it is
-        return {target_patterns[0]: pad_chunks(tensor, chunks) if chunks > 1 else tensor}
+        if chunks == 1:
+            return {target_patterns[0]: tensor}
+        # tensor parallelism hands a rank its share of the chunks
+        geometry = model.get_submodule(full_layer_name.rpartition(".qkv_proj")[0]).geometry
+        return {target_patterns[0]: pad_chunks(tensor, chunks * tensor.shape[0] // sum(geometry.qkv_sizes))}
 
     @property
     def reverse_op(self):
@@ -279,7 +329,15 @@ class MiMoV2FP8Quantizer(HfQuantizer):
             return MiMoV2FP8Linear(in_features, out_features, chunks)
         if chunks > 1:
             out_features = -(-out_features // chunks // FP8_BLOCK) * FP8_BLOCK * chunks
-        return FP8Linear(in_features, out_features, BLOCK_SIZE)
+        linear = FP8Linear(in_features, out_features, BLOCK_SIZE)
+        linear._hf_quantized_needs_local_tp = True
+        return linear
+
+    def update_parallel_plan(self, model, plan: dict[str, str]) -> None:
+        # the scales of stacked experts are parameters of their own and are shared out like the weights
+        params = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
+        scales = {f"{name}{suffix}": style for name, style in plan.items() for suffix in ("_scale_inv", "_scale")}
+        plan.update({name: style for name, style in scales.items() if name in params})
 
     def set_plain_layout(self, model) -> None:
         """The files turned out to hold plain `[Q; K; V]` rows: FP8 projections get the one regular scale grid."""
@@ -324,7 +382,8 @@ class MiMoV2FP8Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        # of adapters: gradients go through the frozen weights
+        return True
 
 
 # a second copy of this file (Hub remote code) finds the first one's registration and leaves it

@@ -1,6 +1,12 @@
 """What turns images, videos, sounds and conversations into the model's inputs, and its answers into messages."""
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioTokenization, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForAudioTokenization,
+    AutoProcessor,
+)
 
 from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
 
@@ -15,6 +21,7 @@ from .video_processing_mimo_v2 import MiMoV2VideoProcessor
 
 AutoProcessor.register(MiMoV2Config, MiMoV2Processor, exist_ok=True)
 AutoFeatureExtractor.register(MiMoV2Config, MiMoV2FeatureExtractor, exist_ok=True)
+AutoImageProcessor.register(MiMoV2Config, image_processor_classes={"pil": MiMoV2ImageProcessor}, exist_ok=True)
 AutoConfig.register(MiMoAudioTokenizerConfig.model_type, MiMoAudioTokenizerConfig, exist_ok=True)
 AutoModelForAudioTokenization.register(MiMoAudioTokenizerConfig, MiMoAudioTokenizer, exist_ok=True)
 

@@ -55,6 +55,8 @@ def sorted_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 f"{name}: expected an argument of the chat template or the processor, got an unknown name"
             )
         for taker in takers:
+            if name in by_taker[taker]:
+                raise ValueError(f"{name}: expected it once, got it in {taker} and beside it")
             by_taker[taker][name] = value
     return by_taker
 

@@ -100,7 +100,8 @@ class MiMoV2FeatureExtractor(ReleasedSettings, SequenceFeatureExtractor):
         segment_size: int = 6000,
         **kwargs,
     ):
-        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=0.0)
+        # pipelines refuse batches where this is not the side of the tokenizer
+        super().__init__(feature_size, sampling_rate, padding_value=0.0, padding_side="left")
         self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length
         self.fmin, self.fmax, self.segment_size = fmin, fmax, segment_size
         self.settings(**{name: value for name, value in kwargs.items() if name not in SERVICE_KEYS})
@@ -117,6 +118,10 @@ class MiMoV2FeatureExtractor(ReleasedSettings, SequenceFeatureExtractor):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `save_pretrained` wrote, else the settings of a release."""
         return cls.saved_or_released(super().get_feature_extractor_dict, pretrained_model_name_or_path, kwargs)
+
+    def fetch_audio(self, audio_url_or_urls: Any, sampling_rate: int | None = None) -> Any:
+        """What it gets, which a call reads itself: pipelines would decode the whole of it, and lose its rate."""
+        return audio_url_or_urls
 
     def settings(self, **changes) -> dict[str, Any]:
         """This extractor's settings with `changes`, of which None changes nothing. ValueError: not possible ones."""

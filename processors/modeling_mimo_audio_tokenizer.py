@@ -380,7 +380,9 @@ class MiMoAudioTokenizer(PreTrainedAudioTokenizerBase):
 
     def _encode_step(self, segments: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         like = self.encoder.conv1.weight
-        codes, lengths = self.encoder([segment.to(like.device, like.dtype) for segment in segments])
+        # to an offloaded encoder accelerate's hook brings the input
+        device = None if like.device.type == "meta" else like.device
+        codes, lengths = self.encoder([segment.to(device=device, dtype=like.dtype) for segment in segments])
         return codes.split(lengths)
 
     def _check_segment(self, segment: torch.Tensor, index: int) -> None:

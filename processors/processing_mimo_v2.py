@@ -26,6 +26,7 @@ from transformers.utils import CONFIG_NAME, auto_docstring
 from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.video_utils import VideoInput
 
+from .assistant_turns_mimo_v2 import assistant_masks
 from .audio_codes_mimo_v2 import AUDIO_TOKENIZER_FOLDER, HUB_KWARGS, AudioTokenizerSource, Hearing, audio_inputs
 from .audio_files_mimo_v2 import flatten_audio
 from .call_arguments_mimo_v2 import MiMoV2ProcessorKwargs, processed, sorted_kwargs
@@ -269,14 +270,16 @@ class MiMoV2Processor(ProcessorMixin):
         kwargs: `add_generation_prompt`, `continue_final_message`, the template's `enable_thinking` and
             `keep_all_reasoning`, and whatever `__call__` takes (also in `processor_kwargs`).
         load_audio_from_video: Transformers' name for `use_audio_in_video=True`.
+        return_assistant_tokens_mask: also return `assistant_masks`, 1 for what the model writes in its turns, its
+            `<|im_end|>` included. Found by the control tokens of turns; the template needs no marks.
 
         Returns text(s), `input_ids`, or with `return_dict` all inputs.
 
-        ValueError: a message with a part that cannot be used, named by its indices. NotImplementedError:
-        `return_assistant_tokens_mask`, which needs a template that marks what the assistant wrote.
+        ValueError: a message with a part that cannot be used, named by its indices; a mask without `tokenize` and
+        `return_dict`.
         """
-        if return_assistant_tokens_mask:
-            raise NotImplementedError("return_assistant_tokens_mask: expected false, got true, which is not supported")
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask: expected tokenize=True and return_dict=True with it")
         if not conversation:
             raise ValueError("conversation: expected at least one message, got none")
         batched = not isinstance(conversation[0], dict)
@@ -301,6 +304,8 @@ class MiMoV2Processor(ProcessorMixin):
             processor_kwargs["return_tensors"] = return_tensors
         texts = super().apply_chat_template(chats, chat_template, tools, **variables)
         inputs = self._inputs(texts, media, use_sound, processor_kwargs)
+        if return_assistant_tokens_mask:
+            inputs["assistant_masks"] = assistant_masks(self.tokenizer, inputs, variables)
         return inputs if return_dict else inputs["input_ids"]
 
     def explain(self, inputs) -> TokenLayout:

@@ -37,6 +37,7 @@ class MiMoV2ResponseStreamParser:
     tools: as `apply_chat_template` takes them (JSON schemas or functions). With them an argument gets the type that
         its schema names if its text fits, without them every argument is a string.
     prefix: the prompt before the answer. What it wrote of the answer belongs to the message, not to the deltas.
+    stop_strings: texts that end the answer as a stop token does; what is left out begins with the first of them.
 
     - Reasoning stands between `<think>` at the start and the first `</think>`, or the end of the text.
     - A value is kept as written. It ends at the first `</parameter>` that `<parameter=` or `</function>` follows, with
@@ -46,9 +47,12 @@ class MiMoV2ResponseStreamParser:
       values, and alone after a call. The answer ends at the first of STOP_TOKENS.
     """
 
-    def __init__(self, tools: Iterable[dict | Callable] | None = None, prefix: str = ""):
+    def __init__(
+        self, tools: Iterable[dict | Callable] | None = None, prefix: str = "", stop_strings: Iterable[str] = ()
+    ):
         self._accepted = _accepted_by_tool(tools or ())
-        # text that may be the beginning of a stop token
+        self._stops = STOP_TOKENS
+        # text that may be the beginning of a stop
         self._held = ""
         # text that is not yet part of the message: a call is read ahead of it
         self._text = ""
@@ -60,6 +64,7 @@ class MiMoV2ResponseStreamParser:
         # a turn that is closed is an older answer
         if opened and not any(token in begun for token in STOP_TOKENS):
             self.feed(begun)
+        self._stops = (*STOP_TOKENS, *stop_strings)
 
     @property
     def message(self) -> dict[str, Any]:
@@ -73,6 +78,11 @@ class MiMoV2ResponseStreamParser:
             message.setdefault("reasoning_content", "")
         return message
 
+    @property
+    def ended(self) -> bool:
+        """Whether a stop has come, or `close` was called."""
+        return self._ended
+
     def feed(self, text: str) -> list[dict[str, Any]]:
         """Takes the next piece of the answer.
 
@@ -82,9 +92,9 @@ class MiMoV2ResponseStreamParser:
         if self._ended:
             return []
         text = self._held + text
-        stops = [text.index(token) for token in STOP_TOKENS if token in text]
+        stops = [text.index(token) for token in self._stops if token in text]
         self._ended = bool(stops)
-        kept = min(stops) if stops else len(text) - _partial_length(text, STOP_TOKENS)
+        kept = min(stops) if stops else len(text) - _partial_length(text, self._stops)
         self._held = "" if stops else text[kept:]
         return self._advance(text[:kept])
 

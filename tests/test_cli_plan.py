@@ -3,11 +3,13 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import compute_module_sizes
 from safetensors.torch import save_file
 
 from modeling_mimo.cli.main import main
 from modeling_mimo.cli.plan import parse_tokens, plan_activations, plan_kv, verdict
-from modeling_mimo.cli.releases import DATA, RELEASES, shipped_config
+from modeling_mimo.cli.plan_placement import meta_model
+from modeling_mimo.cli.releases import DATA, RELEASES, shipped_config, shipped_names
 from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
 from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
 
@@ -185,6 +187,8 @@ def test_a_small_folder_with_files(tmp_path, capsys):
         (["MiMo-V2-Flash", "--context", "many"], "--context: expected a positive number of tokens"),
         (["MiMo-V2-Flash", "--prefill-chunk", "0"], "--prefill-chunk: expected a positive number of tokens"),
         (["MiMo-V2-Flash", "--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["MiMo-V2-Flash", "--gpu-mem", "80"], "--gpu-mem: expected sizes such as 80GB or 24GiB,24GiB, got '80'"),
+        (["MiMo-V2-Flash", "--cpu-mem", "1GB,2GB"], "--cpu-mem: expected one size, got '1GB,2GB'"),
         (["MiMo-V9"], "expected a folder, a .safetensors file or one of"),
     ],
 )
@@ -195,6 +199,80 @@ def test_bad_input_is_one_line_and_exit_status_2(capsys, args, message):
     assert error.startswith("mimo: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", [*shipped_names(), "tiny"])
+def test_the_plan_and_accelerate_agree_within_five_percent(checkpoints, tmp_path, capsys, name, dtype):
+    folder = DATA / name if name != "tiny" else checkpoints["fp8_omni"]
+    # the config alone: no headers, no files
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = plan_json(capsys, tmp_path, "--dtype", dtype)["weights"]
+    model = meta_model(MiMoV2Config.from_pretrained(tmp_path), dtype)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    estimate = compute_module_sizes(model)[""]
+    assert abs(weights["total"] / estimate - 1) < 0.05
+    # and without the rows that FP8 kernels need beside, within a thousandth
+    assert abs((weights["total"] - weights["qkv_padding"]) / estimate - 1) < 0.001
+
+
+def test_the_releases_are_all_planned():
+    assert {"MiMo-V2.5", "MiMo-V2.5-Pro", "MiMo-V2-Flash", "MiMo-V2.6-Flash-RL"} <= set(shipped_names())
+
+
+# 8 of 256 experts in 47 layers, FP8 with scales
+EXPERTS_PER_TOKEN = 8 * 47 * 3 * (4096 * 2048 + 4 * 32 * 16)
+
+
+def test_what_a_token_fetches_of_v2_5(capsys):
+    plan = plan_json(capsys, "MiMo-V2.5", "--gpu-mem", "24GB", "--cpu-mem", "64GB")["placement"]
+    experts = plan["experts"]
+    assert experts["per_token"] == {"cpu": 0, "disk": EXPERTS_PER_TOKEN}
+    assert experts["fits"]
+    assert experts["devices"]["disk"] == 302_795_194_368 + 4 * 302_795_194_368 // 128**2
+    assert 12e9 < experts["devices"]["0"] < 12.5e9
+    auto = plan["auto"]
+    assert auto["devices"]["0"] <= 24e9
+    assert auto["devices"]["cpu"] <= 64e9
+    assert sum(auto["devices"].values()) == pytest.approx(315_031_102_208, rel=1e-6)
+    # whole layers are elsewhere: their attention is fetched as well
+    assert sum(auto["per_token"].values()) > EXPERTS_PER_TOKEN
+
+
+def test_experts_that_fit_into_cpu_memory_need_no_disk(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((DATA / "MiMo-V2.5" / "config.json").read_bytes())
+    plan = plan_json(capsys, tmp_path, "--gpu-mem", "24GB", "--cpu-mem", "400GB")["placement"]["experts"]
+    assert plan["per_token"] == {"cpu": EXPERTS_PER_TOKEN, "disk": 0}
+    # dequantized they do not, and are read as FP8 all the same
+    plan = plan_json(capsys, tmp_path, "--gpu-mem", "24GB", "--cpu-mem", "400GB", "--dtype", "bf16")["placement"]
+    assert plan["experts"]["per_token"] == {"cpu": 0, "disk": EXPERTS_PER_TOKEN}
+    # nothing is fetched from where it computes
+    plan = plan_json(capsys, tmp_path, "--cpu-mem", "400GB")["placement"]
+    assert plan["auto"]["per_token"] == {"cpu": 0, "disk": 0}
+    assert plan["experts"]["per_token"]["disk"] == EXPERTS_PER_TOKEN
+    assert not plan_json(capsys, tmp_path, "--gpu-mem", "8GB,8GB")["placement"]["experts"]["fits"]
+
+
+def test_a_placement_from_headers_and_from_the_config_agree(checkpoints, tmp_path, capsys):
+    for name in ("fp8_omni", "mxfp4", "bf16_fused"):
+        (tmp_path / "config.json").write_bytes((checkpoints[name] / "config.json").read_bytes())
+        by_config, by_headers = (
+            plan_json(capsys, path, "--cpu-mem", "8MB")["placement"] for path in (tmp_path, checkpoints[name])
+        )
+        assert by_config == by_headers
+        assert by_headers["auto"]["devices"]["disk"] > 0
+
+
+def test_text_shows_the_placement(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((DATA / "MiMo-V2.5" / "config.json").read_bytes())
+    assert main(["plan", str(tmp_path), "--gpu-mem", "8GB", "--cpu-mem", "64GB"]) == 0
+    out, error = capsys.readouterr()
+    rows = {line[:40].strip(): line[40:].strip() for line in out.splitlines()}
+    assert rows["expert_device_map, fetched per token"] == f"{EXPERTS_PER_TOKEN / GIB:,.2f} GiB"
+    assert rows["on disk"] == "282.07 GiB"
+    assert "expert_device_map: what is no expert does not fit where it computes" in out.splitlines()
+    # accelerate's warnings of GPUs that are not here
+    assert error == ""
 
 
 def test_mxfp4_experts_are_planned_as_stored_and_dequantized(capsys):

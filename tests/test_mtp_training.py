@@ -71,6 +71,17 @@ def test_padding_changes_no_loss(scene, side):
 
 
 @torch.no_grad()
+def test_shifted_labels_are_as_good_as_labels(scene):
+    model, ids = scene[0], token_ids(2, LENGTH)
+    shifted = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
+    expected = model(ids, labels=ids, mtp_loss_weight=0.3)
+    # labels that are shifted already take the place of the others
+    got = model(ids, labels=token_ids(2, LENGTH, seed=6), shift_labels=shifted, mtp_loss_weight=0.3)
+    assert torch.equal(got.loss, expected.loss)
+    assert all(torch.equal(*pair) for pair in zip(got.mtp_losses, expected.mtp_losses))
+
+
+@torch.no_grad()
 def test_a_head_is_not_asked_for_tokens_of_the_next_packed_sequence(scene):
     model, ids, border = scene[0], token_ids(1, LENGTH), 11
     positions = torch.cat((torch.arange(border), torch.arange(LENGTH - border)))[None]
