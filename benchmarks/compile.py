@@ -24,8 +24,9 @@ TOKENS = 8
 SIDES = {
     "HybridCache, not compiled": ("hybrid", "eager", False),
     "static, not compiled": ("static", "eager", False),
+    # in a graph batched_mm stands for the loop over hit experts
+    "static, compiled": ("static", "eager", True),
     "static, compiled, grouped_mm": ("static", "grouped_mm", True),
-    "static, compiled, batched_mm": ("static", "batched_mm", True),
 }
 
 

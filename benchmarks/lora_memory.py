@@ -35,7 +35,6 @@ from modeling_mimo.training import apply_stage, lora_config, lora_targets
 
 
 TOKENS = 512
-EXPERTS = 64
 RANK = 8
 # name -> storage of the weights, parts with adapters (none: full fine-tuning)
 CASES = {
@@ -98,9 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--tokens", type=int, default=TOKENS, help=f"of the batch (default: {TOKENS})")
     options = parse(options, arguments, repeats=1)
     with tempfile.TemporaryDirectory() as temporary:
-        # many experts, as in the releases, outweigh what a process needs beside its weights
-        overrides = {} if options.quick else {"n_routed_experts": EXPERTS}
-        folder = bench_checkpoint(Path(temporary) / "fp8", options.quick, dtype="fp8", **overrides)
+        folder = bench_checkpoint(Path(temporary) / "fp8", options.quick, dtype="fp8")
         task = {"model": str(folder), "tokens": options.tokens, "threads": options.threads}
         results = {}
         for case in CASES:

@@ -183,8 +183,8 @@ def chat_messages(body: Mapping[str, Any], policy: MediaPolicy, has_senses: bool
 
 
 def _message(message: Any, name: str, policy: MediaPolicy, has_senses: bool) -> dict[str, Any]:
-    role = message.get("role") if isinstance(message, dict) else message
-    if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{name}.role: expected one of {', '.join(ROLES)}, got {role!r}")
     content = message.get("content")
     if isinstance(content, list):
@@ -211,10 +211,10 @@ def _is_call(call: Any) -> bool:
 
 def _part(part: Any, name: str, policy: MediaPolicy, has_senses: bool) -> dict[str, Any]:
     """A text, or `{"type": KIND, KIND: url, ...}` with the settings of the medium."""
-    form = part.get("type") if isinstance(part, dict) else part
-    if form == "text" and isinstance(part, dict) and isinstance(part.get("text"), str):
+    form = part.get("type") if isinstance(part, dict) else None
+    if form == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if not isinstance(part, dict) or not isinstance(form, str) or form not in MEDIA_TYPES:
+    if not isinstance(form, str) or form not in MEDIA_TYPES:
         raise ValueError(f"{name}.type: expected text or one of {', '.join(MEDIA_TYPES)}, got {form!r}")
     kind = MEDIA_TYPES[form]
     if not has_senses:

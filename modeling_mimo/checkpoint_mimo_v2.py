@@ -427,8 +427,8 @@ def check_tensors(
     if isinstance(entry, dict) and entry.get("quant_method") in BNB_METHODS.values():
         raise CheckpointError(
             [
-                "`quantization_config`: expected a released or converted checkpoint, got one of a model quantized with "
-                "bitsandbytes, which `from_pretrained` loads; use the checkpoint it was made of"
+                "`quantization_config`: expected a released or converted checkpoint, got one of a model quantized "
+                "with bitsandbytes, which `from_pretrained` loads; use the checkpoint it was made of"
             ]
         )
     layout, layout_source = find_layout(config, tensors)

@@ -264,6 +264,8 @@ def test_saved_and_read_again_is_the_same_model(saved, kind):
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert_same_state(again, model)
     assert torch.equal(logits(again), logits(model))
+    quantized = [module for module in again.modules() if is_quantized(module)] + list(experts_of(again).values())
+    assert not any(parameter.requires_grad for module in quantized for parameter in module.parameters())
     method = "mimo_v2_bitsandbytes_8bit" if kind == "int8" else "mimo_v2_bitsandbytes_4bit"
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == method
     assert again.load_report.quantized == {"int8": "bitsandbytes llm_int8"}.get(kind, f"bitsandbytes {kind[:3]}")

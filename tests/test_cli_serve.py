@@ -1,5 +1,8 @@
 import base64
+import copy
+import functools
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -9,7 +12,6 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +25,16 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from modeling_mimo.cli import serve
 from modeling_mimo.cli.main import main
 from modeling_mimo.cli.serve_app import build_app
-from modeling_mimo.cli.serve_requests import MediaPolicy, chat_messages
+from modeling_mimo.cli.serve_chat import REQUEST_ERRORS, MiMoV2ChatHandler
+from modeling_mimo.cli.serve_requests import (
+    MediaPolicy,
+    chat_messages,
+    chat_tools,
+    check_fields,
+    generation_settings,
+    stop_strings,
+    template_variables,
+)
 from modeling_mimo.conversion.random_checkpoint import write_random_checkpoint
 
 
@@ -387,8 +398,8 @@ def image_part(url):
         ),
         ({"temperature": -1}, "temperature: expected 0 or more, got -1"),
         ({"top_p": 2}, "top_p: expected more than 0 and at most 1, got 2"),
-        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
-        ({"seed": "x"}, "seed: expected an integer, got 'x'"),
+        ({"max_tokens": 0}, "max_tokens: expected an integer of at least 1, got 0"),
+        ({"seed": "x"}, "seed: expected an integer of 64 bits, got 'x'"),
         ({"stop": [""]}, "stop: expected a text or a list of texts, got ['']"),
         ({"logit_bias": {"a": 1}}, "logit_bias: expected numbers by token ids, got {'a': 1}"),
         ({"n": 2}, "n: expected 1, the only choice of this server, got 2"),
@@ -415,6 +426,60 @@ def test_a_wrong_request_is_status_400_with_one_line(client, options, message, s
     found = caught.value.body["message"]
     assert message in found
     assert "\n" not in found
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "enum": ["x"]}, "b": {"anyOf": [{"$ref": "#/$defs/Q"}, {"type": "null"}]}},
+    "required": ["a"],
+    "$defs": {"Q": {"type": "integer"}},
+}
+EVERY_FIELD = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": "c", "reasoning_content": "r", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "a", "content": "x"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "w", "description": "d", "parameters": SCHEMA}}],
+    "stop": ["a"],
+    "temperature": 1,
+    "top_p": 0.5,
+    "max_tokens": 3,
+    "seed": 1,
+    "logit_bias": {"1": 2},
+    "chat_template_kwargs": {"enable_thinking": True},
+    "reasoning_effort": "low",
+    "stream_options": {"include_usage": True},
+    "frequency_penalty": 0.5,
+}
+
+
+def places(value, place=()):
+    """Where in a JSON value something can be put in another's place."""
+    if place:
+        yield place
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*place, key))
+
+
+@pytest.mark.parametrize("other", [None, -1, True, "x", [1], {"a": 1}, "\ud800"], ids=repr)
+def test_no_value_of_any_field_is_a_fault_of_the_server(loaded, other):
+    """Each is fine or a request error; anything else would be status 500."""
+    refused = 0
+    for place in places(EVERY_FIELD):
+        body = copy.deepcopy(EVERY_FIELD)
+        *way, last = place
+        functools.reduce(operator.getitem, way, body)[last] = other
+        try:
+            check_fields(body)
+            messages, tools = chat_messages(body, MediaPolicy(), False), chat_tools(body)
+            MiMoV2ChatHandler.rendered(loaded["text"][1], messages, tools, template_variables(body, None))
+            generation_settings(body)
+            stop_strings(body)
+        except REQUEST_ERRORS:
+            refused += 1
+    assert refused > 5
 
 
 @pytest.mark.parametrize(
@@ -458,6 +523,9 @@ def test_a_model_of_text_alone_answers_text_and_refuses_media(loaded):
             answer = ask(client, messages, max_tokens=TOKENS)
             # a stream does not hand on the beginning of a character
             assert answer.choices[0].message.content == tokenizer.decode(output).rstrip("�")
+        history = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+        prompt = tokenizer.apply_chat_template(chat_messages({"messages": history}, MediaPolicy(), False))
+        assert ask(client, history, max_tokens=1).usage.prompt_tokens > len(prompt["input_ids"])
         with pytest.raises(openai.BadRequestError, match="neither sees nor hears, got image_url"):
             ask(client, image_part("data:image/png;base64,AAAA"))
 
@@ -465,7 +533,7 @@ def test_a_model_of_text_alone_answers_text_and_refuses_media(loaded):
 def test_media_from_the_web_and_from_the_media_folder(client, loaded, tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "link.png").symlink_to(MEDIA / "chart.png")
-    handler = partial(QuietHandler, directory=MEDIA)
+    handler = functools.partial(QuietHandler, directory=MEDIA)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{web.server_port}/chart.png"
