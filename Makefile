@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench style
+.PHONY: demo test check bench upstream style
 
 demo: $(READY)
 	$(BIN)/mimo demo --text README.md --image examples/media/chart.png --video examples/media/clip_with_sound.mp4 \
@@ -20,6 +20,10 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py
+
+# Transformers' own test mixins, from its source distribution; writes docs/upstream-tests.md
+upstream: $(READY)
+	$(BIN)/python tests/upstream/run.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
