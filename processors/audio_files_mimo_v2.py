@@ -241,17 +241,20 @@ def open_soundtrack(source: str | io.BytesIO, name: str, origin: float | None = 
     with _opened_sound(source, name) as (container, stream):
         if stream is None:
             return None
+        is_pcm = stream.codec_context.name.startswith("pcm_")
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise ValueError(f"{name}: expected a whole audio or video file, got one that is cut off or broken")
             if packet.size:
-                found += 1
+                # headers count the samples of PCM, and the packets of any other codec
+                found += packet.duration if is_pcm else 1
                 end = end if packet.pts is None else (packet.pts + (packet.duration or 0)) * stream.time_base
             if first is None:
                 first = next(iter(packet.decode()), None)
         # other containers only estimate the number
         if "mp4" in container.format.name and found < stream.frames:
-            raise ValueError(f"{name}: expected {stream.frames} packets of sound, got {found}: the file is cut off")
+            unit = "samples" if is_pcm else "packets"
+            raise ValueError(f"{name}: expected {stream.frames} {unit} of sound, got {found}: the file is cut off")
     # screen recorders write a track for sound even if there was none
     if first is None:
         return None

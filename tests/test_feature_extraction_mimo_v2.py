@@ -396,6 +396,26 @@ def test_sound_of_containers(extractor, tmp_path, name, pictures):
     assert_hears(extractor, Path(path).read_bytes(), np.float32(samples), rate)
 
 
+def test_uncompressed_sound_of_a_film_is_whole_or_cut_off(tmp_path):
+    """Its header counts samples, of which a packet has many."""
+    path = av_file(tmp_path / "a.mov", sound(1.0, 48000, 2), 48000, "pcm_s16le", pictures=10)
+    # the index in front, so that a file that is cut off still has one
+    whole = str(tmp_path / "whole.mov")
+    with av.open(path) as source, av.open(whole, "w", options={"movflags": "faststart"}) as target:
+        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+    expected, _, _ = decode_frames(whole)
+    assert len(expected) == 48000
+    assert np.array_equal(all_samples(open_soundtrack(whole, "videos[0]")), np.float32(expected))
+    data = Path(whole).read_bytes()
+    cut = tmp_path / "cut.mov"
+    cut.write_bytes(data[: -len(data) // 4])
+    assert "cut off" in one_line_error(lambda: open_soundtrack(str(cut), "videos[0]"), "videos[0]: ")
+
+
 def test_an_mp3_that_does_not_say_its_length_is_read_to_its_end():
     """libsndfile guesses it from the first frames, here those of a pause."""
     samples = sound(12, 48000, 2) * np.where(np.arange(12 * 48000) < 4 * 48000, 1e-3, 1)[:, None]
