@@ -23,7 +23,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import auto_docstring, can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -301,7 +302,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         run_mtp: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MiMoV2ModelOutputWithPast:
         """
         Args:
@@ -509,7 +510,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mtp_loss_weight: float | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MiMoV2CausalLMOutputWithPast:
         """
         Text arguments that are not listed are those of `MiMoV2Model.forward`.

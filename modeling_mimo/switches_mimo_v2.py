@@ -27,6 +27,8 @@ CUDA_EXPERTS = ("deepgemm", "deepgemm_megamoe", "sonicmoe")
 class MiMoV2SwitchesMixin:
     """`attn_implementation`, `experts_implementation` and dtype casts of every MiMo-V2 model."""
 
+    # the decode step in a static cache (tests/test_compile.py)
+    _can_compile_fullgraph = True
     # quantizers set it on the model
     is_quantized = False
     # its kernels know neither sinks nor values narrower than keys

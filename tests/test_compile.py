@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny import SMALL, assert_near, media_prompt, omni_model, tiny_model, token_ids
+from tiny import assert_near, media_prompt, omni_model, tiny_model, token_ids
 from transformers import CompileConfig
 
 from modeling_mimo import HybridCache
@@ -110,18 +110,17 @@ def test_inductor_computes_the_same_numbers(text):
 
 
 def test_a_cache_that_grows_costs_a_graph_per_step_and_gives_the_same_tokens(text, backend):
-    model, options = copy.deepcopy(text), {**GREEDY, "max_new_tokens": 3}
+    model, options = copy.deepcopy(text), {**GREEDY, "max_new_tokens": 2}
     expected = model.generate(token_ids(1, 20), **options)
     model.forward = torch.compile(model.forward, backend=backend)
     got = model.generate(token_ids(1, 20), past_key_values=HybridCache(model.config), **options)
     assert torch.equal(got, expected)
-    # the prompt and two tokens behind it
-    assert len(backend.graphs) == 3
+    # the prompt and the token behind it
+    assert len(backend.graphs) == 2
 
 
 @torch.no_grad()
-def test_an_exported_program_gives_the_same_logits():
-    model = tiny_model(**SMALL)
-    program = torch.export.export(model, (token_ids(1, 20),), {"use_cache": False})
+def test_an_exported_program_gives_the_same_logits(text):
+    program = torch.export.export(text, (token_ids(1, 20),), {"use_cache": False})
     other = token_ids(1, 20, seed=8)
-    assert_near(program.module()(other, use_cache=False).logits, model(other).logits)
+    assert_near(program.module()(other, use_cache=False).logits, text(other).logits)
