@@ -393,7 +393,8 @@ def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> to
     """Causal attention over the last `window` keys, [B, heads, queries, Dv], in time and memory linear in the length.
 
     Queries are cut into blocks of `window`; a block sees its own keys and the `window - 1` before it. The blocks of
-    one step are overlapping strided views that form the batch of one kernel call.
+    one step, of several sequences if they are short, form the batch of one kernel call; those of a single sequence
+    are overlapping strided views.
     """
     batch, heads, queries, _ = query.shape
     prefix, span = key.shape[2] - queries, 2 * window - 1
@@ -402,23 +403,26 @@ def sliding_attention(query, key, value, key_mask, window, scaling, sinks) -> to
     if key_mask is None:
         key_mask = torch.ones(1, key.shape[2], dtype=torch.bool, device=query.device)
     key_mask = key_mask.expand(batch, -1)
-    rows = torch.arange(window, device=query.device)[:, None]
+    row = torch.arange(window, device=query.device)[:, None]
     offsets = torch.arange(span, device=query.device)[None, :]
-    band = (offsets >= rows) & (offsets < rows + window)
+    band = (offsets >= row) & (offsets < row + window)
     outputs = []
-    for row, start in itertools.product(range(batch), range(0, queries, step)):
+    # split, not sliced: the gradient of a slice is as large as the whole batch
+    groups = zip(*(part.split(max(step // queries, 1)) for part in (query, key, value, key_mask)))
+    for (query, key, value, key_mask), start in itertools.product(groups, range(0, queries, step)):
         stop = min(start + step, queries)
         blocks = -(-(stop - start) // window)
         first = prefix + start - (window - 1)
         # missing keys before the first token and missing queries after the last one
         front, tail = max(-first, 0), blocks * window - (stop - start)
         seen = slice(max(first, 0), prefix + stop)
-        block_query = F.pad(query[row, :, start:stop], (0, 0, 0, tail)).unflatten(1, (blocks, window)).transpose(0, 1)
-        block_key = F.pad(key[row, :, seen], (0, 0, front, tail)).unfold(1, span, window).permute(1, 0, 3, 2)
-        block_value = F.pad(value[row, :, seen], (0, 0, front, tail)).unfold(1, span, window).permute(1, 0, 3, 2)
-        visible = band & F.pad(key_mask[row, seen], (front, tail)).unfold(0, span, window)[:, None, :]
-        output = kernel(block_query, block_key, block_value, visible[:, None], False, scaling, sinks)
-        outputs.append(output.transpose(1, 2).flatten(0, 1)[: stop - start])
+        block_query = F.pad(query[:, :, start:stop], (0, 0, 0, tail)).unflatten(2, (blocks, window)).transpose(1, 2)
+        block_key = F.pad(key[:, :, seen], (0, 0, front, tail)).unfold(2, span, window).permute(0, 2, 1, 4, 3)
+        block_value = F.pad(value[:, :, seen], (0, 0, front, tail)).unfold(2, span, window).permute(0, 2, 1, 4, 3)
+        visible = band & F.pad(key_mask[:, seen], (front, tail)).unfold(1, span, window)[:, :, None, :]
+        parts = (part.flatten(0, 1) for part in (block_query, block_key, block_value, visible[:, :, None]))
+        output = kernel(*parts, False, scaling, sinks).unflatten(0, (-1, blocks))
+        outputs.append(output.transpose(2, 3).flatten(1, 2)[:, : stop - start].flatten(0, 1))
     return torch.cat(outputs).view(batch, queries, heads, -1).transpose(1, 2)
 
 

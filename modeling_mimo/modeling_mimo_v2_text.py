@@ -231,6 +231,8 @@ class MiMoV2Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+        # name -> matrix of each expert, while a forward with gradients runs
+        self.matrices: dict[str, tuple[torch.Tensor, ...]] = {}
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -251,7 +253,7 @@ class MiMoV2Experts(nn.Module):
     def expert_weight(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's matrix of "gate_up_proj" `[2 * intermediate, hidden]` or "down_proj" `[hidden, intermediate]`,
         for input of `dtype`."""
-        return getattr(self, name)[expert]
+        return self.matrices.get(name, getattr(self, name))[expert]
 
     def expert_weights(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Both matrices of one expert."""
@@ -278,7 +280,13 @@ class MiMoV2Experts(nn.Module):
             return compiled(self, hidden_states, top_k_index, top_k_weights)
         size = ROWS_PER_EXPERT * self.num_experts // top_k_index.shape[-1]
         chunks = zip(*(part.split(size) for part in (hidden_states, top_k_index, top_k_weights)))
-        return torch.cat([self.run_chunk(*chunk) for chunk in chunks])
+        if torch.is_grad_enabled() and self.gate_up_proj.requires_grad and not is_dtensor(self.gate_up_proj):
+            # all taken at once: the gradient of one taken alone is as large as that of all experts
+            self.matrices = {name: getattr(self, name).unbind() for name in ("gate_up_proj", "down_proj")}
+        try:
+            return torch.cat([self.run_chunk(*chunk) for chunk in chunks])
+        finally:
+            self.matrices = {}
 
     def run_chunk(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

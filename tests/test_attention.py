@@ -328,6 +328,43 @@ def test_a_sliding_layer_needs_memory_linear_in_the_length(with_mask, backward):
     assert largest(1024, 1024, W, None, path="eager") >= HEADS * 1024 * 1024
 
 
+class Written(TorchDispatchMode):
+    """Counts the elements of all tensors that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.elements += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def written_in_backward(loss) -> int:
+    with Written() as written:
+        loss.backward()
+    return written.elements
+
+
+def test_the_gradient_of_a_sliding_layer_is_linear_in_the_batch():
+    def cost(batch):
+        query, key, value, sinks = draw(3 * W, 3 * W, W, batch)
+        mask = torch.ones(batch, 3 * W, dtype=torch.bool)
+        return written_in_backward(run("sdpa", query.requires_grad_(), key, value, mask, W, sinks).sum())
+
+    # more rows than one step takes
+    assert cost(512) < 4.5 * cost(128)
+
+
+def test_the_gradient_of_experts_is_linear_in_their_number():
+    def cost(experts):
+        layer = tiny_model(n_routed_experts=experts, num_experts_per_tok=experts).train().model.layers[1].mlp
+        return written_in_backward(layer(torch.randn(1, 4, 64)).sum())
+
+    assert cost(32) < 5 * cost(8)
+
+
 def test_a_padded_global_layer_masks_one_block_of_queries_at_a_time():
     length = 4096
     mask = torch.arange(length)[None] >= 7
