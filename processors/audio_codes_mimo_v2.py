@@ -163,7 +163,6 @@ class Hearing:
         if audio.items and self.source is None:
             raise ValueError(f"audio[0]: {NOT_HEARING}")
         opened = []
-        rate = self.extractor.rate_of(audio.items, settings.get("sampling_rate"))
         for index, item in enumerate(audio.items):
             name, options = f"audio[{index}]", audio.options[index] if audio.options else {}
             start, end = options.get("start"), options.get("end")
@@ -171,6 +170,7 @@ class Hearing:
             if isinstance(item, Mapping) and "audio_codes" in item:
                 opened.append(checked_codes(item["audio_codes"], name))
             else:
+                rate = self.extractor.rate_of([item], options.get("sampling_rate", settings.get("sampling_rate")))
                 opened.append(Sound(open_audio(item, name, rate, settings.get("timeout", TIMEOUT)), start, end))
         return opened
 

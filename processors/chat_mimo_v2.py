@@ -26,7 +26,7 @@ MEDIA_KEYS = {
 MEDIA_OPTIONS = {
     "image": ("min_pixels", "max_pixels"),
     "video": ("fps", "num_frames", "min_pixels", "max_pixels", "start", "end"),
-    "audio": ("start", "end"),
+    "audio": ("start", "end", "sampling_rate"),
 }
 _FLATTEN = {"image": flatten_images, "video": flatten_videos, "audio": flatten_audio}
 

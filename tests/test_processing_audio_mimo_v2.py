@@ -163,6 +163,16 @@ def test_messages_take_sound_in_all_spellings(processor, sounds):
         assert torch.equal(inputs["audio_codes"], expected), part.keys()
 
 
+def test_a_part_may_say_the_rate_of_its_array(processor, sounds):
+    samples, _ = soundfile.read(sounds / "tone.wav", dtype="float32")
+    messages = [{"role": "user", "content": [{"type": "audio", "audio": samples, "sampling_rate": 16000}]}]
+    # that of the part goes before that of the call
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"sampling_rate": 8000}
+    )
+    assert torch.equal(inputs["audio_codes"], processor.get_audio_codes((samples, 16000))[0])
+
+
 def test_a_part_of_a_sound(processor, sounds):
     samples, _ = soundfile.read(sounds / "tone.wav", dtype="float32")
     part = {"type": "audio", "audio": str(sounds / "tone.wav"), "start": 1, "end": 2.5}
