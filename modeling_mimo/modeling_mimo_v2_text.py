@@ -13,6 +13,9 @@
 # limitations under the License.
 """The MiMo-V2 decoder: attention with two geometries, the expert router, experts, and the layer stack."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -280,11 +283,17 @@ class MiMoV2Experts(nn.Module):
             return compiled(self, hidden_states, top_k_index, top_k_weights)
         size = ROWS_PER_EXPERT * self.num_experts // top_k_index.shape[-1]
         chunks = zip(*(part.split(size) for part in (hidden_states, top_k_index, top_k_weights)))
+        with self.taken_apart():
+            return torch.cat([self.run_chunk(*chunk) for chunk in chunks])
+
+    @contextmanager
+    def taken_apart(self) -> Iterator[None]:
+        """Takes all experts out of the stacked weights at once, where they learn: the gradient of one that is taken
+        alone is as large as that of all experts."""
         if torch.is_grad_enabled() and self.gate_up_proj.requires_grad and not is_dtensor(self.gate_up_proj):
-            # all taken at once: the gradient of one taken alone is as large as that of all experts
             self.matrices = {name: getattr(self, name).unbind() for name in ("gate_up_proj", "down_proj")}
         try:
-            return torch.cat([self.run_chunk(*chunk) for chunk in chunks])
+            yield
         finally:
             self.matrices = {}
 
