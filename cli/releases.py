@@ -58,7 +58,9 @@ class Target(NamedTuple):
 
 def shipped_names() -> list[str]:
     """Names of the releases with a config.json in the package."""
-    return sorted(entry.name for entry in DATA.iterdir() if (entry / "config.json").is_file())
+    # MiMo-Micro lies beside them, and is none
+    named = (entry for entry in DATA.iterdir() if entry.name.startswith("MiMo-"))
+    return sorted(entry.name for entry in named if (entry / "config.json").is_file())
 
 
 def shipped_config(name: str) -> MiMoV2Config:

@@ -274,7 +274,7 @@ def test_help_and_version(capsys):
         if args == ["--help"]:
             assert all(name in text for name in SUBCOMMANDS)
         elif args != ["--version"]:
-            assert f"mimo {args[0]} " in text.split("example")[1]
+            assert f"mimo {args[0]} " in text.split("\nexample")[1]
     assert text.startswith("mimo 0.")
 
 
