@@ -1,4 +1,5 @@
-"""`mimo bench`: how fast a checkpoint reads and writes on this machine, and what its MTP heads bring."""
+"""`mimo bench`: how fast a checkpoint reads and writes on this machine, and what its MTP heads bring; with `--micro`,
+how often MiMo-Micro is right (`bench_micro.py`)."""
 
 import argparse
 import json
@@ -12,10 +13,28 @@ from .demo import full_attention_bytes, read_text
 EXAMPLE = """examples:
   mimo bench /models/MiMo-V2.5 --mtp
   mimo bench /models/MiMo-V2.5 --text book.txt --prompt-tokens 32768 --new-tokens 256 --mtp --json
+  mimo bench --micro
+  mimo bench --micro --count 400 --task colour --task tone --precision fp8,bf16,nf4
 
 All ways of generating take turns, --repeats times after one turn that does not count; times are medians. "times" is
 the speed against plain generation in the same run.
+
+With --micro, the model that comes with the package answers questions that it was never trained on, and each share of
+right answers stands beside its 95 % interval, what guessing would get, and the bar that the model is held to. A missed
+bar is printed, and is not an error. --mtp drafts behind texts, in float32, where the tokens must be the same.
 """
+
+# what depends on --micro
+DEFAULTS = {"prompt_tokens": 512, "new_tokens": 128, "batch": 1}
+MICRO_DEFAULTS = {
+    "prompt_tokens": 48,
+    "new_tokens": 256,
+    "batch": 16,
+    "count": 100,
+    "seed": 0,
+    "task": [],
+    "compare": [],
+}
 
 HEADINGS = (
     "drafts",
@@ -35,28 +54,44 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint: a folder, or the name of a repository")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        nargs="?",
+        help="a checkpoint: a folder, or the name of a repository (with --micro, by default the shipped one)",
+    )
     parser.add_argument("--mtp", action="store_true", help="also generate with 1, 2, ... and 'auto' drafts per step")
     parser.add_argument("--text", type=Path, help="UTF-8 text that prompts are cut from (default: one of the package)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="tokens of each prompt (default: 512)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate (default: 128)")
-    parser.add_argument("--batch", type=int, default=1, help="prompts at a time (default: 1)")
+    parser.add_argument("--prompt-tokens", type=int, help="tokens of each prompt (default: 512; --micro: 48)")
+    parser.add_argument("--new-tokens", type=int, help="tokens to generate (default: 128; --micro: 256)")
+    parser.add_argument("--batch", type=int, help="prompts at a time (default: 1; --micro: 16)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default: 0)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements per median (default: 3)")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     parser.add_argument("--device-map", default="auto", help="cpu, cuda, auto, ... (default: auto)")
     parser.add_argument("--fp8-resident", action="store_true", help="keep the weights FP8 in memory")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    micro = parser.add_argument_group("MiMo-Micro")
+    micro.add_argument("--micro", action="store_true", help="measure what MiMo-Micro gets right")
+    micro.add_argument("--count", type=int, help="examples per task (default: 100)")
+    micro.add_argument("--task", metavar="NAME", action="append", help="repeatable (default: all tasks)")
+    micro.add_argument("--seed", type=int, help="which examples (default: 0)")
+    micro.add_argument(
+        "--precision", metavar="LIST", help="of fp8, bf16, nf4: a column for each, and the loss of the right answers"
+    )
+    micro.add_argument(
+        "--compare", metavar="PATH", action="append", help="with --precision: a column for another checkpoint"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """0. Raises ValueError or OSError for bad input, before a model is loaded where that is possible."""
-    for name in ("prompt_tokens", "new_tokens", "batch", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name.replace('_', '-')}`: expected at least 1, got {getattr(args, name)}.")
-    if args.temperature < 0:
-        raise ValueError(f"`--temperature`: expected at least 0, got {args.temperature}.")
+    check_arguments(args)
+    if args.micro:
+        from .bench_micro import run_micro
+
+        return run_micro(args)
     text = read_text(args.text)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -75,6 +110,25 @@ def run(args: argparse.Namespace) -> int:
     result = measure(model, prompts.to(model.device), args)
     print(json.dumps(result, indent=2) if args.json else as_text(result))
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fills in defaults. ValueError: a number out of its range, no PATH, an argument of --micro without it."""
+    if not args.micro:
+        if args.path is None:
+            raise ValueError("`PATH`: expected a checkpoint, got none; only --micro needs none.")
+        for name in ("count", "task", "seed", "precision", "compare"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"`--{name}`: expected --micro with it, got none.")
+    for name, value in (MICRO_DEFAULTS if args.micro else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("prompt_tokens", "new_tokens", "batch", "repeats", *(["count"] if args.micro else [])):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}`: expected at least 1, got {getattr(args, name)}.")
+    for name in ("temperature", *(["seed"] if args.micro else [])):
+        if getattr(args, name) < 0:
+            raise ValueError(f"`--{name}`: expected at least 0, got {getattr(args, name)}.")
 
 
 def cut_prompts(ids: list[int], batch: int, length: int):

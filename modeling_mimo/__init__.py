@@ -15,6 +15,7 @@ from .cache_mimo_v2 import HybridCache
 from .configuration_mimo_v2 import FLASH_MODEL_TYPE, MiMoV2Config
 from .modeling_mimo_v2 import MiMoV2ForCausalLM, MiMoV2Model
 from .quantization_mimo_v2 import MiMoV2FP8Config
+from .shipped_mimo_v2 import micro
 
 
 AutoConfig.register(MiMoV2Config.model_type, MiMoV2Config, exist_ok=True)
@@ -34,4 +35,4 @@ route_auto_processor()
 route_any_to_any()
 
 
-__all__ = ["HybridCache", "MiMoV2Config", "MiMoV2FP8Config", "MiMoV2ForCausalLM", "MiMoV2Model"]
+__all__ = ["HybridCache", "MiMoV2Config", "MiMoV2FP8Config", "MiMoV2ForCausalLM", "MiMoV2Model", "micro"]

@@ -172,7 +172,7 @@ def far_key(random: np.random.Generator, held_out: bool) -> Scene:
     """Keys in a long text. The first one stands at its beginning; in training most texts are shorter."""
     length = FAR if held_out or random.random() < 0.25 else int(2 * (FAR / 2) ** random.random())
     lines = [texts.sentence(random) for _ in range(length)]
-    owned = texts.keys(random, 4)
+    owned = texts.keys(random, 6)
     places = [0, *sorted(random.integers(0, length, len(owned) - 1).tolist())]
     for done, (place, (owner, key)) in enumerate(zip(places, owned.items())):
         lines.insert(place + done, texts.key_sentence(owner, key))
@@ -269,17 +269,17 @@ def is_right(example: dict, response: dict | str) -> bool:
 
 # scene -> how often it is trained on, out of the sum
 MIX = {
-    one_thing: 16,
-    some_things: 16,
-    moving_thing: 16,
-    sounding_thing: 10,
-    one_note: 7,
-    one_word: 7,
-    two_sounds: 10,
-    far_key: 9,
-    some_sums: 4,
+    one_thing: 17,
+    some_things: 19,
+    moving_thing: 18,
+    sounding_thing: 6,
+    one_note: 4,
+    one_word: 8,
+    two_sounds: 8,
+    far_key: 11,
+    some_sums: 5,
     quick_sums: 2,
-    tool_calls: 2,
+    tool_calls: 1,
     told_story: 4,
     known_fact: 3,
 }

@@ -1,7 +1,7 @@
 """Turns a finished run into the checkpoint that the package ships: released format, FP8, model card.
 
     python examples/micro/release.py runs/heads modeling_mimo/data/micro
-    mimo bench --micro modeling_mimo/data/micro --count 500 --json > runs/scores.json
+    mimo bench --micro --count 200 --precision fp8,nf4 --compare runs/bf16 --mtp --json > runs/scores.json
     python examples/micro/release.py runs/heads modeling_mimo/data/micro --scores runs/scores.json
 
 The second call writes the card anew, with the scores.
@@ -31,19 +31,22 @@ LIMIT = 15_000_000
 
 
 def write_checkpoint(run: Path, start: Path, folder: Path) -> None:
-    """The weights of `run`, with the files that `build.py` wrote beside them, in FP8."""
+    """The weights of `run`, with the files that `build.py` wrote beside them: in bfloat16 in "bf16" beside the run, to
+    compare with, and from there in FP8 in `folder`."""
+    half = run.parent / "bf16"
     with tempfile.TemporaryDirectory() as scratch:
-        whole, half = Path(scratch) / "float32", Path(scratch) / "bf16"
+        whole = Path(scratch) / "float32"
         whole.mkdir()
         for weights in [*run.glob("*.safetensors"), *run.glob("*.safetensors.index.json")]:
             shutil.copy(weights, whole)
         for name in SOURCE_FILES:
             shutil.copy(start / name, whole)
         shutil.copytree(start / "audio_tokenizer", whole / "audio_tokenizer")
-        # what stays unquantized would stay float32
+        shutil.rmtree(half, ignore_errors=True)
+        # what is not quantized would stay float32
         convert(whole, half, to="hub", dtype="bf16", progress=False)
-        shutil.rmtree(folder, ignore_errors=True)
-        convert(half, folder, to="xiaomi", dtype="fp8", progress=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    convert(half, folder, to="xiaomi", dtype="fp8", progress=False)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > LIMIT:
         raise ValueError(f"{folder}: expected at most {LIMIT:,} bytes, got {size:,}")
@@ -58,7 +61,7 @@ def card(run: Path, scores: dict | None) -> str:
         return text.replace("{scores}", "Not measured yet.")
     rows = ["| task | what is asked | right | 95 % interval | chance | bar |", "|---|---|---|---|---|---|"]
     for task in scores["tasks"]:
-        (score,) = task["scores"].values()
+        score = task["scores"][scores["columns"][0]]
         bar = "" if task["bar"] is None else f"{task['bar']:.0%}"
         rows.append(
             f"| {task['name']} | {task['about']} | {score['accuracy']:.1%} "

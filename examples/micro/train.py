@@ -5,7 +5,8 @@
 
 On two cores: `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/micro/train.py ...`, a process for each.
 
-`trunk` trains everything but the MTP heads; `heads` trains the three heads on what the trunk, now frozen, would write.
+`trunk` trains the language model on what the towers, which are frozen, see and hear; `heads` trains the three MTP
+heads, and leaves the rest as it is.
 """
 
 import argparse
@@ -21,12 +22,14 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback, TrainingArguments
 
 import modeling_mimo  # noqa: F401 registers the model
-from modeling_mimo.training import ConversationCollator, MiMoV2Trainer, RouterBiasCallback, apply_stage
+from modeling_mimo.training import ConversationCollator, MiMoV2Trainer, RouterBiasCallback
 from modeling_mimo.training.micro_tasks import TASKS, conversation, example
 
 
 # conversations of an optimizer step, and the parts of similar cost that they are computed in
 BATCH, PARTS = 64, 6
+# trained before; with a language model that knows nothing yet they would forget most of it
+TOWERS = ("visual.", "audio_encoder.", "speech_embeddings.")
 STAGES = {
     "trunk": {"steps": 3200, "learning_rate": 2e-3},
     "heads": {"steps": 600, "learning_rate": 3e-3},
@@ -130,6 +133,13 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--score-every", type=int, default=200, help="steps between scores (default: 200)")
     parser.add_argument("--score-count", type=int, default=48, help="held-out examples per task (default: 48)")
+    parser.add_argument(
+        "--frozen",
+        nargs="*",
+        default=TOWERS,
+        metavar="NAME",
+        help=f"beginnings of the names of what the trunk's stage leaves alone (default: {' '.join(TOWERS)})",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.source / "config.json").is_file():
@@ -140,7 +150,8 @@ def main() -> int:
     model = AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32)
     callbacks = [Scores(processor, args.folder, args.score_every, args.score_count)]
     if args.stage == "trunk":
-        apply_stage(model, "multimodal", train_mtp=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(("model.mtp.", *args.frozen)))
         callbacks.append(RouterBiasCallback(rate=1e-3))
     else:
         model.config.mtp_loss_weight = 1.0
