@@ -1,0 +1,189 @@
+"""The plots of docs/gallery.md, each from a real run: measured, kept as JSON, drawn, and put into the page.
+
+    python benchmarks/gallery.py --only kv_bytes --only time
+
+Each plot is NAME.json and NAME.png in the folder of --out; the page is made of all that lie there, and its numbers are
+those of the JSON files. Needs matplotlib: pip install -e ".[plots]".
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import environment
+from gallery_cost import draw_kv_bytes, draw_time, measure_kv_bytes, measure_time, text_kv_bytes, text_time
+from gallery_drafts import draw_acceptance, measure_acceptance, text_acceptance
+from gallery_inside import draw_experts, draw_sinks, measure_experts, measure_sinks, text_experts, text_sinks
+from gallery_quality import draw_quality, measure_quality, text_quality
+from gallery_style import save, write_json
+from tqdm import tqdm
+from transformers.utils import logging
+
+import modeling_mimo
+
+
+FOLDER = Path(__file__).resolve().parent.parent
+INTRODUCTION = """\
+# Gallery
+
+Written by `python benchmarks/gallery.py`; every plot and every number comes from a run of it, whose data lies beside
+the picture. The model is MiMo-Micro, the small model with real weights that is part of the package, unless a plot says
+otherwise. It shows how the parts work, not how good a released model is.
+
+"""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """measure(options) -> data for JSON; draw(data) -> figure; text(data) -> paragraphs below it."""
+
+    heading: str
+    alt: str
+    measure: Callable
+    draw: Callable
+    text: Callable
+
+
+PLOTS = {
+    "kv_bytes": Plot(
+        "Bytes of the KV cache",
+        "Bytes of the KV cache by context, hybrid and all layers global",
+        measure_kv_bytes,
+        draw_kv_bytes,
+        text_kv_bytes,
+    ),
+    "time": Plot(
+        "Time of prefill and decoding",
+        "Seconds of a prefill and of a decoded token by context, beside Transformers",
+        measure_time,
+        draw_time,
+        text_time,
+    ),
+    "acceptance": Plot(
+        "Accepted drafts and entropy",
+        "Share of accepted drafts and tokens per step by entropy, beside the published curve",
+        measure_acceptance,
+        draw_acceptance,
+        text_acceptance,
+    ),
+    "experts": Plot(
+        "Experts by modality",
+        "Heat maps of expert choices by layer and modality",
+        measure_experts,
+        draw_experts,
+        text_experts,
+    ),
+    "sinks": Plot(
+        "Attention sinks",
+        "Share of attention that goes to sinks by layer, head and modality",
+        measure_sinks,
+        draw_sinks,
+        text_sinks,
+    ),
+    "quality": Plot(
+        "Quality in bf16, FP8 and nf4",
+        "Accuracy per task and loss in bf16, FP8 and nf4",
+        measure_quality,
+        draw_quality,
+        text_quality,
+    ),
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure and draw the plots of docs/gallery.md.",
+        epilog="example: python benchmarks/gallery.py --only experts --only sinks --quick",
+    )
+    parser.add_argument("--only", choices=PLOTS, action="append", help="these plots; may be given more than once")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--replot", action="store_true", help="draw and write the page from the JSON files alone")
+    parser.add_argument(
+        "--out", type=Path, help="folder of plots and data (default: docs/images/gallery, quick: build/gallery)"
+    )
+    parser.add_argument(
+        "--page", type=Path, help="page to write (default: docs/gallery.md, quick: gallery.md in --out)"
+    )
+    parser.add_argument("--model", help="checkpoint (default: MiMo-Micro, which is part of the package)")
+    parser.add_argument("--original", help="quality: the trained weights before FP8, as bf16")
+    parser.add_argument("--longest", type=int, help="longest context of the model's own runs (default: 8192)")
+    parser.add_argument("--repeats", type=int, help="time: runs per median (default: 5)")
+    parser.add_argument("--count", type=int, default=100, help="held-out examples per task (default: 100)")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads (default: 2)")
+    options = parser.parse_args(arguments)
+    defaults = {"longest": (8192, 1024), "repeats": (5, 1)}
+    for name, (usual, quick) in defaults.items():
+        if vars(options)[name] is None:
+            setattr(options, name, quick if options.quick else usual)
+    for name in ("longest", "repeats", "count", "threads"):
+        if vars(options)[name] < 1:
+            parser.error(f"--{name}: expected at least 1, got {vars(options)[name]}")
+    if options.longest < 256:
+        parser.error(f"--longest: expected at least 256, got {options.longest}")
+    usual = FOLDER / "docs" / "images" / "gallery"
+    options.out = options.out or (FOLDER / "build" / "gallery" if options.quick else usual)
+    options.page = options.page or (options.out / "gallery.md" if options.quick else FOLDER / "docs" / "gallery.md")
+    options.only = options.only or list(PLOTS)
+    for path in (options.out / f"{name}.json" for name in options.only if options.replot):
+        if not path.is_file():
+            parser.error(f"--replot: expected {path}, got no such file; measure it without --replot")
+    options.model = options.model or modeling_mimo.micro()
+    return options
+
+
+def measured(name: str, options: argparse.Namespace) -> dict:
+    """What NAME.json holds: how it was made, and the data."""
+    facts = environment()
+    command = f"python benchmarks/gallery.py --only {name}{' --quick' if options.quick else ''}"
+    return facts | {"command": command, "data": PLOTS[name].measure(options)}
+
+
+def section(name: str, kept: dict, folder: str) -> str:
+    plot = PLOTS[name]
+    machine = f"{kept['hardware']}; {kept['threads']} thread{'s' if kept['threads'] > 1 else ''}"
+    paragraphs = [
+        f"## {plot.heading}",
+        f"![{plot.alt}]({folder}/{name}.png)",
+        *plot.text(kept["data"]),
+        f"`{kept['command']}`, {kept['date']}; {machine}; torch {kept['torch']}, transformers {kept['transformers']}; "
+        f"[data]({folder}/{name}.json)",
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def write_page(options: argparse.Namespace) -> None:
+    """The page of all plots whose data lies in the folder."""
+    folder = Path(os.path.relpath(options.out, options.page.parent)).as_posix()
+    kept = {name: options.out / f"{name}.json" for name in PLOTS}
+    sections = [
+        section(name, json.loads(path.read_text(encoding="utf-8")), folder)
+        for name, path in kept.items()
+        if path.is_file()
+    ]
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in tqdm(options.only, desc="plots", unit="plot", disable=None):
+        path = options.out / f"{name}.json"
+        if not options.replot:
+            write_json(path, measured(name, options))
+        save(PLOTS[name].draw(json.loads(path.read_text(encoding="utf-8"))["data"]), path.with_suffix(".png"))
+        # after each plot: a run takes long, and what was measured should survive its end
+        write_page(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
