@@ -31,8 +31,8 @@ BATCH, PARTS = 64, 6
 # trained before; with a language model that knows nothing yet they would forget most of it
 TOWERS = ("visual.", "audio_encoder.", "speech_embeddings.")
 STAGES = {
-    "trunk": {"steps": 3200, "learning_rate": 2e-3},
-    "heads": {"steps": 600, "learning_rate": 3e-3},
+    "trunk": {"steps": 2400, "learning_rate": 1.5e-3},
+    "heads": {"steps": 300, "learning_rate": 3e-3},
 }
 
 
