@@ -259,8 +259,8 @@ def held_bytes():
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_memory_does_not_grow_with_the_audio(extractor):
-    """Half an hour would be 350 MB of samples; its segments come while it is read."""
+def most_memory_of_long_sound(extractor) -> int:
+    """Bytes at the most, of Python and numpy, while six minutes of half an hour are read."""
     stream = Stream([48000] * 60 * 30, rate=48000, channels=2)
     gc.collect()
     tracemalloc.start()
@@ -275,11 +275,16 @@ def test_memory_does_not_grow_with_the_audio(extractor):
         peaks.append(held_bytes())
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    segments.close()
     assert max(alive) <= 3
     assert max(peaks) <= peaks[0] + 1e6
-    # blocks of a second, as floats and as they are checked; threads of earlier tests may allocate beside
-    assert most < 20e6
-    segments.close()
+    return most
+
+
+def test_memory_does_not_grow_with_the_audio(extractor):
+    """Half an hour would be 350 MB of samples; its segments come while it is read."""
+    # blocks of a second, as floats and as they are checked; what threads of other tests take is not in every run
+    assert min(most_memory_of_long_sound(extractor) for _ in range(3)) < 10e6
 
 
 @pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3", "m4a", "array"])
