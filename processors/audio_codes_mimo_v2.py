@@ -65,8 +65,9 @@ class AudioTokenizerSource:
         return cls(audio_tokenizer[PATH_KEY], audio_tokenizer.get(FOLDER_KEY, ""))
 
     def to_dict(self) -> dict[str, str]:
-        name = MiMoAudioTokenizer.__name__
-        return {"audio_tokenizer_class": name, PATH_KEY: self.path, FOLDER_KEY: self.subfolder}
+        # a saved processor may be loaded from another working directory
+        path = os.path.abspath(self.path) if os.path.isdir(self.path) else self.path
+        return {"audio_tokenizer_class": MiMoAudioTokenizer.__name__, PATH_KEY: path, FOLDER_KEY: self.subfolder}
 
     def missing_file(self, *files: str) -> str | None:
         """The first of its files that is not there; others are downloaded if need be."""

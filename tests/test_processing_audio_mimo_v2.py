@@ -360,6 +360,15 @@ def test_a_saved_processor_finds_the_tokenizer_again(folder, processor, sounds, 
     assert given.audio_tokenizer is own.audio_tokenizer
 
 
+def test_a_processor_of_a_relative_path_is_saved_for_any_working_directory(folder, sounds, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    processor = AutoProcessor.from_pretrained(folder.name)
+    expected = processor.get_audio_codes(sounds / "tone.wav")
+    processor.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(AutoProcessor.from_pretrained(".").get_audio_codes(sounds / "tone.wav")[0], expected[0])
+
+
 def test_settings_come_from_the_released_config(folder):
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     assert isinstance(extractor, MiMoV2FeatureExtractor)
