@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def micro() -> str:
-    """Folder of MiMo-Micro, 8M parameters that see, hear, read and draft, in the released FP8 format.
+    """Folder of MiMo-Micro, 6M parameters that see, hear, read and draft, in the released FP8 format.
 
     Not Xiaomi's weights: README.md in the folder says how they were made and what they can do.
 
