@@ -101,9 +101,10 @@ def some_things(random: np.random.Generator, held_out: bool) -> Scene:
         thing = things[chosen]
         turns.append(Turn("pick", f"What colour is the {thing.shape}?", thing.colour))
         turns.append(Turn("find", f"Where is the {thing.colour} shape?", thing.place))
-    if count == 2:
-        first, second = (f"{thing.title} at the {thing.place}" for thing in things)
-        turns.append(Turn("describe_two", "Describe the picture.", f"{first} and a{second[1:]}."))
+    first, *others = (f"{thing.title} at the {thing.place}" for thing in things)
+    others = [f"a{one[1:]}" for one in others]
+    answer = f"{', '.join([first, *others[:-1]])} and {others[-1]}."
+    turns.append(Turn("describe_two" if count == 2 else "describe_all", "Describe the picture.", answer))
     return Scene(turns, image(pictures.draw(things, pictures.background(random))))
 
 

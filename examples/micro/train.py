@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from muon import Muon
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback, TrainingArguments
 
@@ -27,12 +28,12 @@ from modeling_mimo.training.micro_tasks import TASKS, conversation, example
 
 
 # conversations of an optimizer step, and the parts of similar cost that they are computed in
-BATCH, PARTS = 64, 6
+BATCH, PARTS = 32, 4
 # trained before; with a language model that knows nothing yet they would forget most of it
 TOWERS = ("visual.", "audio_encoder.", "speech_embeddings.")
 STAGES = {
-    "trunk": {"steps": 2400, "learning_rate": 1.5e-3},
-    "heads": {"steps": 300, "learning_rate": 3e-3},
+    "trunk": {"steps": 3400, "learning_rate": 2e-3},
+    "heads": {"steps": 500, "learning_rate": 2e-3},
 }
 
 
@@ -131,7 +132,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder of the run; one with checkpoints goes on where it stopped")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--score-every", type=int, default=200, help="steps between scores (default: 200)")
+    parser.add_argument("--score-every", type=int, default=400, help="steps between scores (default: 400)")
     parser.add_argument("--score-count", type=int, default=48, help="held-out examples per task (default: 48)")
     parser.add_argument(
         "--frozen",
@@ -164,8 +165,6 @@ def main() -> int:
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.02},
         warmup_steps=steps // 25,
-        weight_decay=0.05,
-        adam_beta2=0.98,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=PARTS // int(os.environ.get("WORLD_SIZE", 1)),
         ddp_find_unused_parameters=False,
@@ -173,7 +172,7 @@ def main() -> int:
         train_sampling_strategy="sequential",
         dataloader_num_workers=1,
         dataloader_prefetch_factor=2 * PARTS,
-        save_steps=200,
+        save_steps=400,
         save_total_limit=1,
         logging_steps=20,
         report_to=[],
@@ -181,7 +180,13 @@ def main() -> int:
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = MicroTrainer(
-        model, settings, BucketCollator(processor), train_dataset=Buckets(steps), callbacks=callbacks
+        model,
+        settings,
+        BucketCollator(processor),
+        train_dataset=Buckets(steps),
+        callbacks=callbacks,
+        # a schedule of None: the one that the settings say
+        optimizers=(Muon(model, settings.learning_rate), None),
     )
     args.folder.mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=any(args.folder.glob("checkpoint-*")))
