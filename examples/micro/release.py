@@ -45,11 +45,15 @@ def write_checkpoint(run: Path, start: Path, folder: Path) -> None:
         shutil.rmtree(half, ignore_errors=True)
         # what is not quantized would stay float32
         convert(whole, half, to="hub", dtype="bf16", progress=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    convert(half, folder, to="xiaomi", dtype="fp8", progress=False)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    # what lies there stays until the new one is whole
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    convert(half, new, to="xiaomi", dtype="fp8", progress=False)
+    size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
     if size > LIMIT:
-        raise ValueError(f"{folder}: expected at most {LIMIT:,} bytes, got {size:,}")
+        raise ValueError(f"{new}: expected at most {LIMIT:,} bytes, got {size:,}")
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
@@ -77,8 +81,12 @@ def main() -> int:
     parser.add_argument("--start", type=Path, help="folder that build.py wrote (default: runs/untrained beside RUN)")
     parser.add_argument("--scores", type=Path, help="JSON of `mimo bench --micro`: only the card is written")
     args = parser.parse_args()
+    start = args.start or args.run.parent / "untrained"
+    for name, folder in (("run", args.run), ("start", start)):
+        if not (folder / "config.json").is_file():
+            parser.error(f"{name}: expected a checkpoint, got {folder}")
     if args.scores is None:
-        write_checkpoint(args.run, args.start or args.run.parent / "untrained", args.folder)
+        write_checkpoint(args.run, start, args.folder)
     scores = None if args.scores is None else json.loads(args.scores.read_text(encoding="utf-8"))
     (args.folder / "README.md").write_text(card(args.run, scores), encoding="utf-8")
     return 0

@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--score-every", type=int, default=400, help="steps between scores (default: 400)")
+    parser.add_argument("--save-every", type=int, default=400, help="steps between checkpoints (default: 400)")
     parser.add_argument("--score-count", type=int, default=48, help="held-out examples per task (default: 48)")
     parser.add_argument(
         "--frozen",
@@ -172,7 +173,7 @@ def main() -> int:
         train_sampling_strategy="sequential",
         dataloader_num_workers=1,
         dataloader_prefetch_factor=2 * PARTS,
-        save_steps=400,
+        save_steps=args.save_every,
         save_total_limit=1,
         logging_steps=20,
         report_to=[],
