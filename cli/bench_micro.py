@@ -4,14 +4,25 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import logging
+
+from modeling_mimo import MiMoV2FP8Config, micro
+from modeling_mimo.training import ConversationCollator
+from modeling_mimo.training.collator import IGNORED
+from modeling_mimo.training.micro_tasks import TASKS, example, is_right
+
 from .bench import cut_prompts
 from .demo import read_text
-from .loading import check_path
+from .demo_micro import draft_counts, timed
+from .loading import read_config
 
 
 PRECISIONS = ("fp8", "bf16", "nf4")
@@ -19,8 +30,6 @@ PRECISIONS = ("fp8", "bf16", "nf4")
 SEED_STRIDE = 100_000
 # tokens for reasoning and answer; the longest answers, stories, have about half as many
 ANSWER_TOKENS = 256
-# label of a token that is not learned
-IGNORED = -100
 # normal quantile of 95 %
 Z = 1.959964
 
@@ -82,11 +91,6 @@ def evaluate(
 ) -> dict[str, Score]:
     """Asks `model` `count` held-out examples of each of `tasks` (names in micro_tasks.TASKS), greedily, in batches
     that are padded on the left; with_loss: also the loss of the expected answers."""
-    from tqdm import tqdm
-
-    from modeling_mimo.training import ConversationCollator
-    from modeling_mimo.training.micro_tasks import example, is_right
-
     scores, collator = {task: Score() for task in tasks}, ConversationCollator(processor)
     # disable=None: no bar where stderr is not a terminal
     with tqdm(total=len(scores) * count, unit="example", disable=None) as bar:
@@ -135,9 +139,6 @@ def responses(model, processor, examples: list[dict], max_new_tokens: int = ANSW
 
 def expected_loss(model, collator, examples: list[dict]) -> tuple[float, int]:
     """Cross entropy in nats of what is expected of the assistant in `examples`, summed, and its tokens."""
-    import torch
-    import torch.nn.functional as F
-
     batch = collator([{**asked, "messages": [*asked["messages"], asked["reply"]]} for asked in examples])
     labels = batch.pop("labels")[:, 1:].to(model.device)
     with torch.inference_mode():
@@ -152,18 +153,14 @@ def run_micro(args: argparse.Namespace) -> int:
 
     args: of `mimo bench`, with its defaults filled in.
     """
-    from transformers.utils import logging
-
-    import modeling_mimo
-    from modeling_mimo.training.micro_tasks import TASKS
-
-    args.path = modeling_mimo.micro() if args.path is None else args.path
+    args.path = micro() if args.path is None else args.path
     tasks = args.task or list(TASKS)
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"`--task`: expected some of {', '.join(TASKS)}, got {unknown[0]}.")
     if args.temperature != 0:
         raise ValueError(f"`--temperature`: expected 0 with --micro, which answers greedily, got {args.temperature}.")
-    columns = chosen_columns(args, check_checkpoints(args))
+    is_fp8 = check_checkpoints(args)
+    columns = chosen_columns(args, is_fp8)
     text = read_text(args.text)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -186,7 +183,7 @@ def run_micro(args: argparse.Namespace) -> int:
         "columns": list(columns),
         "tasks": [task_row(TASKS[task], {name: scores[name][task] for name in columns}) for task in tasks],
         "all": {name: score_row(pooled(scores[name].values())) for name in columns},
-        "mtp": drafting(args, text) if args.mtp else None,
+        "mtp": drafting(args, text, is_fp8) if args.mtp else None,
     }
     print(json.dumps(result, indent=2) if args.json else as_text(result))
     return 0
@@ -194,17 +191,12 @@ def run_micro(args: argparse.Namespace) -> int:
 
 def check_checkpoints(args: argparse.Namespace) -> bool:
     """Whether the weights of PATH are FP8. ValueError: a checkpoint that does not see and hear, or cannot draft."""
-    from transformers import AutoConfig
-
-    configs = {}
-    for path in (args.path, *args.compare):
-        check_path(path)
-        configs[path] = AutoConfig.from_pretrained(path)
-        if configs[path].vision_config is None or configs[path].audio_config is None:
-            raise ValueError(f"{path}: expected a checkpoint that sees and hears, got one without these parts.")
-    if args.mtp and not configs[args.path].num_mtp_layers:
+    for path in (*args.compare, args.path):
+        config = read_config(path, omni=True)
+    if args.mtp and not config.num_mtp_layers:
         raise ValueError(f"`--mtp`: expected a checkpoint with MTP heads, got {args.path} without.")
-    return "quantization_config" in configs[args.path].to_dict()
+    # one that bitsandbytes has quantized has an entry, too
+    return (config.to_dict().get("quantization_config") or {}).get("quant_method") == "fp8"
 
 
 def chosen_columns(args: argparse.Namespace, is_fp8: bool) -> dict[str, tuple[str, dict]]:
@@ -212,11 +204,6 @@ def chosen_columns(args: argparse.Namespace, is_fp8: bool) -> dict[str, tuple[st
 
     ValueError: an unknown precision, `--dtype` or `--fp8-resident` beside one, FP8 of a checkpoint in floats.
     """
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    from modeling_mimo import MiMoV2FP8Config
-
     resident = {"quantization_config": MiMoV2FP8Config(dequantize=False)}
     if not args.precision:
         if args.compare:
@@ -227,7 +214,7 @@ def chosen_columns(args: argparse.Namespace, is_fp8: bool) -> dict[str, tuple[st
         raise ValueError("`--precision`: expected neither --dtype nor --fp8-resident with it, got one.")
     held = {
         "fp8": resident,
-        "bf16": {"quantization_config": MiMoV2FP8Config(dequantize=True)} if is_fp8 else {},
+        "bf16": in_floats(is_fp8),
         "nf4": {
             "quantization_config": BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -240,7 +227,7 @@ def chosen_columns(args: argparse.Namespace, is_fp8: bool) -> dict[str, tuple[st
             raise ValueError(f"`--precision`: expected some of {', '.join(PRECISIONS)}, got {precision!r}.")
         if precision == "fp8" and not is_fp8:
             raise ValueError(
-                f"`--precision`: expected bf16 or nf4 for {args.path}, whose weights are floats, got fp8."
+                f"`--precision`: expected bf16 or nf4 for {args.path}, whose weights are not FP8, got fp8."
             )
         columns[precision] = (args.path, {"dtype": torch.bfloat16, **held[precision]})
     for path in args.compare:
@@ -249,10 +236,13 @@ def chosen_columns(args: argparse.Namespace, is_fp8: bool) -> dict[str, tuple[st
     return columns
 
 
+def in_floats(is_fp8: bool) -> dict:
+    """What `from_pretrained` gets so that no GPU computes in FP8."""
+    return {"quantization_config": MiMoV2FP8Config(dequantize=True)} if is_fp8 else {}
+
+
 def load(path: str, device_map: str, options: dict):
     """Model and processor."""
-    from transformers import AutoModelForCausalLM, AutoProcessor
-
     model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, **options)
     return model.eval(), AutoProcessor.from_pretrained(path)
 
@@ -285,13 +275,10 @@ def task_row(task, scores: dict[str, Score]) -> dict:
     return about | {"scores": {name: score_row(score, task.bar) for name, score in scores.items()}}
 
 
-def drafting(args: argparse.Namespace, text: str) -> list[dict]:
+def drafting(args: argparse.Namespace, text: str, is_fp8: bool) -> list[dict]:
     """Per kind of text: greedy decoding without drafts, with all draft heads and with "auto", in turn, in float32,
     where neither way rounds otherwise than the other."""
-    import torch
-    from tqdm import tqdm
-
-    model, processor = load(args.path, args.device_map, {"dtype": torch.float32})
+    model, processor = load(args.path, args.device_map, {"dtype": torch.float32, **in_floats(is_fp8)})
     modes = {"plain": {}, "full": {"use_mtp": True}, "auto": {"use_mtp": True, "mtp_depth": "auto"}}
     kinds = text_prompts(processor, text, args)
     rows = []
@@ -312,8 +299,6 @@ def drafting(args: argparse.Namespace, text: str) -> list[dict]:
 
 def text_prompts(processor, text: str, args: argparse.Namespace) -> dict[str, list]:
     """Kind of text -> prompts, ids [1, tokens]: requests that are answered at length, and pieces of `text`."""
-    from modeling_mimo.training.micro_tasks import example
-
     count = min(args.count, PROMPTS)
     kinds = {}
     for task in LONG_ANSWERS:
@@ -335,39 +320,14 @@ def text_prompts(processor, text: str, args: argparse.Namespace) -> dict[str, li
     return kinds
 
 
-def timed(model, prompt, new_tokens: int, options: dict) -> dict:
-    """Seconds, tokens and statistics of one greedy answer."""
-    import torch
-
-    prompt = prompt.to(model.device)
-    start = time.perf_counter()
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        **options,
-    )
-    # reading the tokens waits for the device
-    tokens = output.sequences[0, prompt.shape[1] :].tolist()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": tokens, "stats": output.mtp_stats if options else None}
-
-
 def drafting_row(kind: str, plain: list[dict], full: list[dict], auto: list[dict]) -> dict:
     """Over the prompts of one kind of text, each token with the same weight."""
-    rows = [row for run in full for row in run["stats"].rows]
-    proposed, accepted = ([sum(head) for head in zip(*(row[key] for row in rows))] for key in ("proposed", "accepted"))
     tokens, seconds = sum(len(run["tokens"]) for run in plain), sum(run["seconds"] for run in plain)
     return {
         "text": kind,
         "prompts": len(plain),
         "tokens": tokens,
-        # an answer of one token needs no forward behind the prefill
-        "mean_accepted_length": 1 + sum(accepted) / max(1, sum(row["forwards"] for row in rows)),
-        "proposed": proposed,
-        "accepted": accepted,
+        **draft_counts(full),
         "plain_tokens_per_second": tokens / seconds,
         "times_plain": seconds / sum(run["seconds"] for run in full),
         "times_plain_auto": seconds / sum(run["seconds"] for run in auto),
@@ -448,10 +408,11 @@ def drafting_table(rows: list[dict]) -> list[str]:
 def as_text(result: dict) -> str:
     """The same for people."""
     columns = result["columns"]
+    same = "" if len(columns) == 1 else ", the same in every column"
     lines = [
         f"{result['model']}: {result['parameters']:,} parameters",
-        f"{result['count']} held-out examples per task, seed {result['seed']}; all but the loss in percent, "
-        "with the 95 % interval (Wilson)",
+        f"{result['count']} held-out examples per task{same}, seed {result['seed']}; percent with the 95 % "
+        "interval (Wilson), loss in nats per expected token",
         "",
         *task_table(result),
     ]

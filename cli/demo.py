@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 from importlib.resources import files
 from importlib.util import find_spec
@@ -126,6 +127,18 @@ def decoded(data: bytes, source) -> str:
     if not text.strip():
         raise ValueError(f"`--text`: expected a file with text in it, got an empty one: {source}.")
     return text
+
+
+def model_name(path: str) -> str:
+    """What people call the checkpoint at `path`."""
+    from modeling_mimo import micro
+
+    return "MiMo-Micro" if path == micro() else os.path.basename(os.path.abspath(path))
+
+
+def stored_as(report) -> str:
+    """What the weights of a model with this `load_report` are in its files."""
+    return "FP8" if report.fp8 else "MXFP4" if report.mxfp4 else "floats"
 
 
 def layer_map(config) -> str:

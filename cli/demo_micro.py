@@ -1,22 +1,21 @@
 """Runs `mimo demo`: loads a checkpoint, asks it, drafts with and without its MTP heads, and measures all of it."""
 
-import os
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from modeling_mimo import HybridCache, MiMoV2Config, MiMoV2FP8Config, micro
+from modeling_mimo import HybridCache, MiMoV2FP8Config
 from modeling_mimo.training.micro_tasks import is_right
 
 from . import demo_screen
-from .demo import full_attention_bytes, layer_map
+from .demo import full_attention_bytes, layer_map, model_name, stored_as
 from .demo_questions import Question, own, shipped
+from .loading import read_config
 
 
 MAX_NEW_TOKENS = 128
@@ -36,9 +35,7 @@ def show(args, started: float) -> dict[str, Any]:
     say = demo_screen.quiet if args.json else demo_screen.say
     questions, stories = shipped()
     mine = own(args)
-    config = AutoConfig.from_pretrained(args.path)
-    if not isinstance(config, MiMoV2Config) or config.vision_config is None or config.audio_config is None:
-        raise ValueError(f"{args.path}: expected a MiMo-V2 checkpoint that sees and hears, got another one.")
+    config = read_config(args.path, omni=True)
     begin = time.perf_counter()
     processor = AutoProcessor.from_pretrained(args.path)
     load_seconds = time.perf_counter() - begin
@@ -57,7 +54,7 @@ def show(args, started: float) -> dict[str, Any]:
         row["seconds"] += seconds
         result["questions"].append(row)
         say(demo_screen.row(row))
-    result["drafting"] = drafting(model, [prepare(processor, story, room)[0] for story in stories], limit)
+    result["drafting"] = drafting(model, [prepare(processor, story, room)[0]["input_ids"] for story in stories], limit)
     say(demo_screen.drafting(result["drafting"]))
     result["cache"] = max((row["cache"] for row in result["questions"]), key=lambda cache: cache["tokens"])
     result["seconds"] = time.perf_counter() - started
@@ -76,13 +73,13 @@ def described(model, path: str, seconds: float) -> dict[str, Any]:
     """What was loaded: parameters and stored bytes in all and per part of the model, its layers, dtype and device."""
     parts = model.load_report.parts
     return {
-        "name": "MiMo-Micro" if path == micro() else os.path.basename(os.path.normpath(path)),
+        "name": model_name(path),
         "path": path,
         "parameters": model.num_parameters(),
         "tensor_bytes": sum(part["bytes"] for part in parts.values()),
         # audio codec and tokenizer included; nothing of a repository's name
         "folder_bytes": sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()),
-        "stored_as": "FP8" if model.load_report.fp8 else "MXFP4" if model.load_report.mxfp4 else "floats",
+        "stored_as": stored_as(model.load_report),
         "parts": {name: part["parameters"] for name, part in parts.items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -108,7 +105,7 @@ def prepare(processor, question: Question, room: int) -> tuple[Any, float]:
             **question.options,
         )
     except (ValueError, OSError) as error:
-        raise ValueError(f"{question.file}: {error}") from error
+        raise ValueError(f"{question.file or question.label}: {error}") from error
     length = inputs["input_ids"].shape[1]
     if length > room:
         raise ValueError(f"{question.file or question.label}: expected at most {room} tokens, got {length}.")
@@ -122,9 +119,7 @@ def answered(model, processor, question: Question, inputs, limit: int) -> dict[s
     output = model.generate(**inputs.to(model.device), past_key_values=cache, max_new_tokens=limit, do_sample=False)
     seconds = time.perf_counter() - begin
     ids, prompt = inputs["input_ids"], inputs["input_ids"].shape[1]
-    message = processor.parse_response(
-        output[0, prompt:], prefix=processor.tokenizer.decode(ids[0]), tools=question.tools
-    )
+    message = processor.parse_response(output[0, prompt:], prefix=ids[0], tools=question.tools)
     example = question.example
     return {
         "label": question.label,
@@ -154,41 +149,59 @@ def media_tokens(processor, ids: torch.Tensor) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
-def drafting(model, prompts: list, limit: int) -> dict[str, Any] | None:
-    """Plain greedy decoding beside drafting with the MTP heads; medians over turns. None: a model without heads."""
+def drafting(model, prompts: list[torch.Tensor], limit: int) -> dict[str, Any] | None:
+    """Plain greedy decoding behind ids [1, tokens] beside drafting with the MTP heads; reading the prompts counts.
+
+    None: a model without heads.
+    """
     if model.model.mtp is None:
         return None
-    plain, drafted = [], []
-    for use_mtp in (False, True):
-        generated(model, prompts[0], limit, use_mtp)
+    modes = {"plain": {}, "mtp": {"use_mtp": True}}
+    runs: dict[str, list] = {mode: [] for mode in modes}
+    for options in modes.values():
+        timed(model, prompts[0], limit, options)
     for _ in range(REPEATS):
-        runs = [[generated(model, inputs, limit, use_mtp) for inputs in prompts] for use_mtp in (False, True)]
-        plain.append(sum(seconds for seconds, _, _ in runs[0]))
-        drafted.append(sum(seconds for seconds, _, _ in runs[1]))
-    tokens = [[ids for _, ids, _ in part] for part in runs]
-    stats = [stats for _, _, stats in runs[1]]
-    count = sum(len(ids) for ids in tokens[0])
-    forwards = sum(row["forwards"] for one in stats for row in one.rows)
-    seconds = {"plain": statistics.median(plain), "mtp": statistics.median(drafted)}
+        for mode, options in modes.items():
+            runs[mode] += [timed(model, prompt, limit, options) for prompt in prompts]
+    tokens = {mode: [run["tokens"] for run in runs[mode]] for mode in modes}
+    speed = {mode: sum(map(len, tokens[mode])) / sum(run["seconds"] for run in runs[mode]) for mode in modes}
     return {
         "texts": len(prompts),
-        "tokens": count,
-        "plain_tokens_per_second": count / seconds["plain"],
-        "mtp_tokens_per_second": sum(len(ids) for ids in tokens[1]) / seconds["mtp"],
-        "mean_accepted_length": 1 + sum(sum(one.accepted) for one in stats) / max(1, forwards),
-        "proposed": [sum(counts) for counts in zip(*(one.proposed for one in stats))],
-        "accepted": [sum(counts) for counts in zip(*(one.accepted for one in stats))],
-        "same_tokens": tokens[0] == tokens[1],
+        "tokens": sum(map(len, tokens["plain"])) // REPEATS,
+        "plain_tokens_per_second": speed["plain"],
+        "mtp_tokens_per_second": speed["mtp"],
+        **draft_counts(runs["mtp"]),
+        "same_tokens": tokens["plain"] == tokens["mtp"],
     }
 
 
-def generated(model, inputs, limit: int, use_mtp: bool) -> tuple[float, list[int], Any]:
-    """(seconds, new tokens, statistics of drafting) of one greedy answer."""
-    options = {"use_mtp": True} if use_mtp else {}
+def timed(model, prompt: torch.Tensor, new_tokens: int, options: dict) -> dict[str, Any]:
+    """Seconds, tokens and statistics of drafting of one greedy answer to ids [1, tokens]."""
+    prompt = prompt.to(model.device)
     begin = time.perf_counter()
     output = model.generate(
-        **inputs.to(model.device), max_new_tokens=limit, do_sample=False, return_dict_in_generate=True, **options
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **options,
     )
+    # reading the tokens waits for the device
+    tokens = output.sequences[0, prompt.shape[1] :].tolist()
     seconds = time.perf_counter() - begin
-    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return seconds, tokens, output.mtp_stats if use_mtp else None
+    return {"seconds": seconds, "tokens": tokens, "stats": output.mtp_stats if options else None}
+
+
+def draft_counts(runs: list[dict]) -> dict[str, Any]:
+    """Drafts per head over answers of `timed` that were drafted, and tokens per forward behind the prefill."""
+    stats = [run["stats"] for run in runs]
+    proposed = [sum(head) for head in zip(*(one.proposed for one in stats))]
+    accepted = [sum(head) for head in zip(*(one.accepted for one in stats))]
+    forwards = sum(row["forwards"] for one in stats for row in one.rows)
+    return {
+        # an answer of one token needs no forward behind the prefill
+        "mean_accepted_length": 1 + sum(accepted) / max(1, forwards),
+        "proposed": proposed,
+        "accepted": accepted,
+    }

@@ -6,8 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from modeling_mimo.processors.media_loading_mimo_v2 import open_source
-
+from .chat_session import read_bytes
 from .demo import decoded
 
 
@@ -81,5 +80,4 @@ def located(source: str) -> dict[str, str]:
 
 def read(source: str) -> str:
     """The text of a file or URL."""
-    found = open_source(*located(source).values(), "text")
-    return decoded(Path(found).read_bytes() if isinstance(found, str) else found.getvalue(), source)
+    return decoded(read_bytes("text", source), source)

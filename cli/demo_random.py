@@ -3,19 +3,20 @@
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
-from transformers.utils import logging
+from transformers import TextStreamer
 
-from modeling_mimo import HybridCache, MiMoV2FP8Config
+from modeling_mimo import HybridCache
 from modeling_mimo.conversion.random_checkpoint import write_random_checkpoint
 
 from .chat import Printer
 from .chat_session import ChatSession
 from .demo import MEDIA, full_attention_bytes, layer_map, read_text
 from .demo_questions import read
+from .loading import load
 
 
 MAX_NEW_TOKENS = 48
@@ -25,7 +26,6 @@ def show(args) -> None:
     """Writes, loads, reads and answers, and prints what happens."""
     text = read(args.text[0]) if args.text else read_text(None)
     max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
-    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch) / "checkpoint"
         model, processor = write_and_load(folder, args)
@@ -47,11 +47,7 @@ def write_and_load(folder: Path, args) -> tuple:
     print(f"wrote {folder} in {time.perf_counter() - start:.1f} s: {', '.join(names)}\n")
 
     start = time.perf_counter()
-    quantization = {"quantization_config": MiMoV2FP8Config(dequantize=False)} if args.fp8_resident else {}
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=args.dtype, device_map=args.device_map, **quantization
-    )
-    processor = AutoProcessor.from_pretrained(folder)
+    model, processor = load(Namespace(**vars(args) | {"path": str(folder), "towers": True}))
     print(f"loaded {type(model).__name__} and {type(processor).__name__} in {time.perf_counter() - start:.1f} s")
     print(f"{model.load_report}\n")
     print(layer_map(model.config))

@@ -86,9 +86,9 @@ def drafting(measured: dict[str, Any] | None) -> str:
         f"{measured['texts']} stories, {measured['tokens']} tokens: {plain:,.0f} tokens/s one by one, {mtp:,.0f} "
         f"tokens/s with {len(shares)} MTP heads, {mtp / plain:.2f} times"
     )
-    same = "yes" if measured["same_tokens"] else "NO (rounding, try --dtype float32)"
+    same = "yes" if measured["same_tokens"] else "NO, try --dtype float32"
     accepted = (
-        f"accepted length {measured['mean_accepted_length']:.2f} of {len(shares) + 1} (heads right: "
+        f"accepted length {measured['mean_accepted_length']:.2f} of {len(shares) + 1} (drafts taken: "
         f"{' '.join(shares)}); same tokens: {same}"
     )
     return "\n" + headed("drafting", speed) + "\n" + headed("", accepted)
@@ -98,10 +98,10 @@ def footer(result: dict[str, Any]) -> str:
     cache = result["cache"]
     held, full = cache["bytes"], cache["bytes_all_global"]
     kept = (
-        f"{cache['tokens']:,} tokens: {kibi(held['total'])} (global layers {kibi(held['full_attention'])}); "
+        f"{cache['tokens']:,} tokens: {kibi(held['total'])} allocated (global layers {kibi(held['full_attention'])}); "
         f"all layers global: {kibi(full)}, {full / held['total']:.1f} times"
     )
-    summary = f"{right_of(result['questions'])}; {result['seconds']:.1f} s with loading"
+    summary = f"{right_of(result['questions'])}; {result['seconds']:.1f} s with loading, without Python's imports"
     return headed("KV cache", kept) + "\n" + headed("together", summary)
 
 

@@ -1,19 +1,19 @@
 """`mimo demo --web`: a page to chat on, on this machine alone."""
 
 import os
+import signal
 import socket
 import tempfile
 from argparse import Namespace
 from contextlib import suppress
 
+from .demo import model_name
 from .loading import load
-from .serve import listener
+from .serve import SHUTDOWN_TIMEOUT, listener
 
 
 # tokens; an answer of a small model that finds no end is cut off here
 MAX_NEW_TOKENS = 512
-# seconds for an answer to end when the server is stopped
-SHUTDOWN_TIMEOUT = 5
 # the page may load nothing from elsewhere, whatever an answer contains
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
 MAX_UPLOAD = "2gb"
@@ -32,7 +32,7 @@ def serve(args) -> int:
 
         from .demo_web_app import build_app, shipped_examples
 
-        name = page_name(args.path)
+        name = model_name(args.path)
         limit = args.max_new_tokens or MAX_NEW_TOKENS
         app = build_app(model, processor, shipped_examples(model), name, limit)
         try:
@@ -42,17 +42,12 @@ def serve(args) -> int:
     return 0
 
 
-def page_name(path: str) -> str:
-    from modeling_mimo import micro
-
-    return "MiMo-Micro" if path == micro() else os.path.basename(os.path.normpath(path))
-
-
 def run(app, name: str, sock: socket.socket) -> None:
     """Serves the page on `sock` until Ctrl-C or SIGTERM."""
     server = page_server(app)
     print(f"{name} is at http://{LOCAL_NAMES[0]}:{sock.getsockname()[1]}; Ctrl-C stops.", flush=True)
-    # how it is meant to be stopped
+    # uvicorn ends with the signal that stopped it; SIGTERM's own handler would leave the uploads behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         server.run(sockets=[sock])
 

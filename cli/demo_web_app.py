@@ -14,6 +14,7 @@ import gradio as gr
 from modeling_mimo.processors.token_layout_mimo_v2 import TokenLayout
 
 from . import demo_web_panels as panels
+from .demo import stored_as
 from .demo_questions import shipped
 from .demo_web_session import CacheUse, Conversation, Conversations, Said, in_one_line
 
@@ -230,13 +231,12 @@ def heading(model, name: str) -> str:
     """What is loaded, in one line."""
     senses = "text" if model.visual is None else "text, pictures, clips"
     senses += "" if model.audio_encoder is None else ", sound"
-    stored = "FP8" if model.load_report.fp8 else "MXFP4" if model.load_report.mxfp4 else "floats"
     layers = model.config.layer_types
     count = layers.count("full_attention")
     facts = [
-        f"{model.num_parameters() / 1e6:,.1f}M parameters stored as {stored}",
+        f"{model.num_parameters() / 1e6:,.1f}M parameters stored as {stored_as(model.load_report)}",
         f"{count} global and {len(layers) - count} sliding layers",
-        f"{senses}",
+        senses,
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
     ]
     return f'<div id="head"><b>{escape(name)}</b><span>{escape(" · ".join(facts))}</span></div>'

@@ -93,7 +93,7 @@ def comparison(compared: dict[bool, Drafting]) -> str:
     """Bars for the speed of the last answers with and without drafts, once there are both."""
     if len(compared) < 2:
         return ""
-    fastest = max(answer.tokens_per_second for answer in compared.values()) or 1.0
+    fastest = max(answer.tokens_per_second for answer in compared.values())
     return "".join(
         bar_row(
             f"drafts {'on' if on else 'off'}",
@@ -121,7 +121,7 @@ def cache_panel(use: CacheUse) -> str:
     return panel(
         "cache",
         "KV cache",
-        f"{use.tokens:,} tokens, {use.all_global / held:.1f} times less" if held else "",
+        f"{use.tokens:,} tokens, {use.all_global / held:.1f} times less",
         f'<div class="rows">{rows}</div><div class="quiet under">{legend}</div>',
     )
 

@@ -120,14 +120,14 @@ class WebSession(ChatSession):
         Raises:
             ValueError, OSError: a file that cannot be used, named without its folder.
         """
-        self.stopping, self.thinking = False, thinking
+        self.thinking = thinking
         self.attached.clear()
         for path in files:
             try:
                 self.attach(kind_of(path), path)
             except (ValueError, OSError) as error:
                 self.attached.clear()
-                raise ValueError(in_one_line(error).replace(path, os.path.basename(path))) from error
+                raise ValueError(in_one_line(str(error).replace(path, os.path.basename(path)))) from error
         heads = self.model.model.mtp
         self.options["use_mtp"] = drafting and heads is not None
         self.meter = DraftMeter(len(heads.layers) if self.options["use_mtp"] else 0)
@@ -196,7 +196,7 @@ def kind_of(path: str) -> str:
     return kind
 
 
-def in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -238,11 +238,7 @@ class Conversation:
 
     def stop(self) -> None:
         """Ends the answer that is written, or takes the question back that waits for its turn."""
-        if not self.busy:
-            return
-        if self.job.cancel():
-            self.said.pop()
-        else:
+        if self.busy and not self.job.cancel():
             self.session.stop()
 
 
@@ -290,10 +286,7 @@ class Conversations:
 
         ValueError: the conversation is busy with another one.
         """
-        if conversation.busy:
-            raise ValueError("The last question is not answered yet.")
         said, session = Said(text, files), conversation.session
-        conversation.said.append(said)
 
         def work() -> None:
             try:
@@ -302,10 +295,23 @@ class Conversations:
                 conversation.said.remove(said)
                 raise
             said.done = True
-            conversation.compared[session.drafting.on] = session.drafting
+            # an answer of one token has no speed
+            if session.drafting.tokens_per_second:
+                conversation.compared[session.drafting.on] = session.drafting
 
-        conversation.job = self.worker.submit(work)
-        return conversation.job
+        def taken_back(job: Future) -> None:
+            if job.cancelled():
+                conversation.said.remove(said)
+
+        with self.lock:
+            if conversation.busy:
+                raise ValueError("The last question is not answered yet.")
+            # here and not in `work`, which may begin after somebody has stopped it
+            session.stopping = False
+            conversation.said.append(said)
+            conversation.job = job = self.worker.submit(work)
+        job.add_done_callback(taken_back)
+        return job
 
     def stop(self) -> None:
         """Ends all answers after the token that is being computed."""

@@ -22,9 +22,25 @@ def check_path(path: str) -> None:
         raise ValueError(f"{path}: expected a folder with config.json, got none in it.")
 
 
+def read_config(path: str, omni: bool = False):
+    """Config of a MiMo-V2 checkpoint. ValueError, OSError: there is none, or with `omni` none that sees and hears."""
+    check_path(path)
+
+    from transformers import AutoConfig
+
+    from modeling_mimo import MiMoV2Config
+
+    config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, MiMoV2Config):
+        raise ValueError(f"{path}: expected a MiMo-V2 checkpoint, got one of {config.model_type}.")
+    if omni and (config.vision_config is None or config.audio_config is None):
+        raise ValueError(f"{path}: expected a checkpoint that sees and hears, got one for text alone.")
+    return config
+
+
 def load(args):
-    """Model and processor; of a checkpoint for text alone, its tokenizer. ValueError, OSError: no checkpoint there."""
-    check_path(args.path)
+    """Model and processor; of a checkpoint for text alone, its tokenizer. ValueError, OSError: no MiMo-V2 there."""
+    read_config(args.path)
 
     from transformers import AutoModelForCausalLM, AutoProcessor
     from transformers.utils import logging

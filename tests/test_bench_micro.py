@@ -129,7 +129,7 @@ def result_of(*scores):
 def test_the_last_line_names_the_bars_that_were_missed():
     lines = bench_micro.as_text(result_of(Score(10, 8))).splitlines()
     assert lines[-1] == "bars missed: shape 80.0 of 90.0"
-    assert [line.split()[:5] for line in lines[4:5]] == [["shape", "80.0", "49.0", "-", "94.3"]]
+    assert lines[4].split()[:5] == ["shape", "80.0", "49.0", "-", "94.3"]
     assert "NO" in lines[4]
     assert lines[4].endswith(TASKS["shape"].about)
     assert bench_micro.as_text(result_of(Score(10, 9))).splitlines()[-1] == "bars missed: none"
@@ -161,7 +161,10 @@ def test_drafting_is_measured_on_long_answers_and_texts(tmp_path, capsys):
     assert sum(line.endswith(" NOT the same") for line in lines) == 3
 
 
-def test_wrong_input_is_named_in_one_line(checkpoints, capsys):
+def test_wrong_input_is_named_in_one_line(checkpoints, tmp_path, capsys):
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text('{"model_type": "llama"}')
     bad = {
         "`PATH`: expected a checkpoint, got none": [],
         "`--count`: expected --micro with it": [micro(), "--count", "3"],
@@ -172,7 +175,10 @@ def test_wrong_input_is_named_in_one_line(checkpoints, capsys):
         "`--precision`: expected some of fp8, bf16, nf4, got 'int3'": ["--micro", "--precision", "bf16,int3"],
         "`--precision`: expected neither --dtype": ["--micro", "--precision", "fp8", "--dtype", "float32"],
         "`--compare`: expected --precision with it": ["--micro", "--compare", micro()],
+        "`--repeats`: expected none with --micro": ["--micro", "--repeats", "3"],
         "expected a checkpoint that sees and hears": ["--micro", str(checkpoints["fp8_fused"])],
+        "llama: expected a MiMo-V2 checkpoint, got one of llama": ["--micro", str(llama)],
+        "of llama.": [str(llama)],
         "expected a folder with config.json": ["--micro", "--precision", "fp8", "--compare", "/"],
     }
     for message, arguments in bad.items():
@@ -181,7 +187,7 @@ def test_wrong_input_is_named_in_one_line(checkpoints, capsys):
         assert out == ""
         assert message in error
         assert error.count("\n") == 1
-    with pytest.raises(ValueError, match="`--precision`: expected bf16 or nf4 for m, whose weights are floats"):
+    with pytest.raises(ValueError, match="`--precision`: expected bf16 or nf4 for m, whose weights are not FP8"):
         bench_micro.chosen_columns(
             argparse.Namespace(path="m", precision="fp8", compare=[], dtype="auto", fp8_resident=False), is_fp8=False
         )
