@@ -20,6 +20,8 @@ from . import micro_texts as texts
 SPLITS = ("train", "test")
 # sentences between a key and its question that are at least 16 windows of 32 tokens
 FAR = 72
+# keys in a long text
+OWNERS = 6
 
 
 @dataclass
@@ -173,7 +175,7 @@ def far_key(random: np.random.Generator, held_out: bool) -> Scene:
     """Keys in a long text. The first one stands at its beginning; in training most texts are shorter."""
     length = FAR if held_out or random.random() < 0.25 else int(2 * (FAR / 2) ** random.random())
     lines = [texts.sentence(random) for _ in range(length)]
-    owned = texts.keys(random, 6)
+    owned = texts.keys(random, OWNERS)
     places = [0, *sorted(random.integers(0, length, len(owned) - 1).tolist())]
     for done, (place, (owner, key)) in enumerate(zip(places, owned.items())):
         lines.insert(place + done, texts.key_sentence(owner, key))
@@ -229,7 +231,8 @@ def _table() -> dict[str, Task]:
         Task("tone", "audio", one_note, note, 0.9, "Name a note.", tuple(sounds.NOTES)),
         Task("word", "audio", one_word, word, None, "Recognize a word, in voices not trained on.", sounds.WORDS),
         Task("order", "audio", two_sounds, ((note + word) / 4) ** 2, 0.8, "Two notes or words, in their order."),
-        Task("key", "text", far_key, 1e-3, 0.95, "A key of three digits, 16 windows back."),
+        # any of the keys in the text
+        Task("key", "text", far_key, 1 / OWNERS, 0.95, "A key of three digits, 16 windows back."),
         Task("sum", "text", some_sums, 1 / 180, None, "Add two numbers, with thinking."),
         Task("quick_sum", "text", quick_sums, 1 / 180, None, "Add two numbers at once."),
         Task("tool", "text", tool_calls, 1 / 2 / len(texts.CITIES), None, "Call the right tool."),
