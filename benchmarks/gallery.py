@@ -7,8 +7,10 @@ those of the JSON files. Needs matplotlib: pip install -e ".[plots]".
 """
 
 import argparse
+import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ import modeling_mimo
 
 
 FOLDER = Path(__file__).resolve().parent.parent
+# what decides what is measured
+MEASURING = ("model", "original", "longest", "repeats", "count", "threads")
 INTRODUCTION = """\
 # Gallery
 
@@ -40,13 +44,17 @@ otherwise. It shows how the parts work, not how good a released model is.
 
 @dataclass(frozen=True)
 class Plot:
-    """measure(options) -> data for JSON; draw(data) -> figure; text(data) -> paragraphs below it."""
+    """measure(options) -> data for JSON; draw(data) -> figure; text(data) -> paragraphs below it.
+
+    of_weights: whether other weights would give other data.
+    """
 
     heading: str
     alt: str
     measure: Callable
     draw: Callable
     text: Callable
+    of_weights: bool = True
 
 
 PLOTS = {
@@ -56,6 +64,7 @@ PLOTS = {
         measure_kv_bytes,
         draw_kv_bytes,
         text_kv_bytes,
+        of_weights=False,
     ),
     "time": Plot(
         "Time of prefill and decoding",
@@ -63,6 +72,7 @@ PLOTS = {
         measure_time,
         draw_time,
         text_time,
+        of_weights=False,
     ),
     "acceptance": Plot(
         "Accepted drafts and entropy",
@@ -113,9 +123,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--original", help="quality: the trained weights before FP8, as bf16")
     parser.add_argument("--longest", type=int, help="longest context of the model's own runs (default: 8192)")
     parser.add_argument("--repeats", type=int, help="time: runs per median (default: 5)")
-    parser.add_argument("--count", type=int, default=100, help="held-out examples per task (default: 100)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=100,
+        help="quality: held-out examples per task; experts and sinks: a quarter of so many (default: 100)",
+    )
     parser.add_argument("--threads", type=int, default=2, help="PyTorch threads (default: 2)")
     options = parser.parse_args(arguments)
+    given = {name: vars(options)[name] for name in MEASURING if vars(options)[name] != parser.get_default(name)}
+    options.given = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     defaults = {"longest": (8192, 1024), "repeats": (5, 1)}
     for name, (usual, quick) in defaults.items():
         if vars(options)[name] is None:
@@ -138,26 +155,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measured(name: str, options: argparse.Namespace) -> dict:
     """What NAME.json holds: how it was made, and the data."""
+    quick = ["--quick"] if options.quick else []
     facts = environment()
-    command = f"python benchmarks/gallery.py --only {name}{' --quick' if options.quick else ''}"
-    return facts | {"command": command, "data": PLOTS[name].measure(options)}
+    facts["command"] = shlex.join(["python", "benchmarks/gallery.py", "--only", name, *quick, *options.given])
+    facts["weights"] = fingerprint(options.model) if PLOTS[name].of_weights else None
+    return facts | {"data": PLOTS[name].measure(options)}
+
+
+def fingerprint(checkpoint: str) -> str:
+    """Eight hex digits of the sha256 of all weights of a checkpoint."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(checkpoint).rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def section(name: str, kept: dict, folder: str) -> str:
     plot = PLOTS[name]
     machine = f"{kept['hardware']}; {kept['threads']} thread{'s' if kept['threads'] > 1 else ''}"
+    weights = f"weights {kept['weights']}; " if kept["weights"] else ""
     paragraphs = [
         f"## {plot.heading}",
         f"![{plot.alt}]({folder}/{name}.png)",
         *plot.text(kept["data"]),
         f"`{kept['command']}`, {kept['date']}; {machine}; torch {kept['torch']}, transformers {kept['transformers']}; "
-        f"[data]({folder}/{name}.json)",
+        f"{weights}[data]({folder}/{name}.json)",
     ]
     return "\n\n".join(paragraphs)
 
 
-def write_page(options: argparse.Namespace) -> None:
-    """The page of all plots whose data lies in the folder."""
+def page(options: argparse.Namespace) -> str:
+    """The text of the page, of all plots whose data lies in the folder."""
     folder = Path(os.path.relpath(options.out, options.page.parent)).as_posix()
     kept = {name: options.out / f"{name}.json" for name in PLOTS}
     sections = [
@@ -165,8 +193,7 @@ def write_page(options: argparse.Namespace) -> None:
         for name, path in kept.items()
         if path.is_file()
     ]
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
+    return INTRODUCTION + "\n\n".join(sections) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,13 +202,17 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    options.page.parent.mkdir(parents=True, exist_ok=True)
     for name in tqdm(options.only, desc="plots", unit="plot", disable=None):
         path = options.out / f"{name}.json"
+        picture = path.with_suffix(".png")
+        # a run takes long: what was measured is kept, drawn or not, and after each plot the page is whole
         if not options.replot:
             write_json(path, measured(name, options))
-        save(PLOTS[name].draw(json.loads(path.read_text(encoding="utf-8"))["data"]), path.with_suffix(".png"))
-        # after each plot: a run takes long, and what was measured should survive its end
-        write_page(options)
+        # if drawing fails, no picture of other data stays beside them
+        picture.unlink(missing_ok=True)
+        save(PLOTS[name].draw(json.loads(path.read_text(encoding="utf-8"))["data"]), picture)
+        options.page.write_text(page(options), encoding="utf-8")
     return 0
 
 

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from gallery_models import MODALITIES, answered, load, places
-from gallery_style import GREY, RED, SHADES, panels
-from gallery_style import MODALITIES as COLORS
+from gallery_style import BLUE, GREEN, GREY, ORANGE, RED, SHADES, panels
 from tqdm import tqdm
 
 from modeling_mimo import modeling_mimo_v2_text as text_model
 from modeling_mimo.modeling_mimo_v2_base import causal_mask, eager_attention_forward
 from modeling_mimo.training.micro_tasks import TASKS
+
+
+MARKS = {"text": ("o", BLUE), "image": ("s", RED), "video": ("^", ORANGE), "audio": ("D", GREEN)}
 
 
 def run_through(options: argparse.Namespace, model, what: str) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
@@ -84,7 +86,7 @@ def draw_experts(data: dict):
             continue
         image = axes.imshow(100 * share[place], cmap=SHADES, vmin=0, vmax=most, aspect="auto")
         axes.set_yticks(range(len(data["modalities"])), data["modalities"])
-        axes.set_xticks(range(experts), range(1, experts + 1))
+        axes.set_xticks(range(experts))
         for (row, column), value in np.ndenumerate(100 * share[place]):
             color = "white" if value > 0.6 * most else "#222222"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=color)
@@ -97,7 +99,7 @@ def draw_experts(data: dict):
     away = apart(data)
     far = max(away, key=away.get)
     figure.suptitle(
-        f"Tokens of {far} and of text choose other experts: {100 * away[far]:.0f} % of the choices differ",
+        f"{far.capitalize()} is farthest from text: {100 * away[far]:.0f} % of its choices of experts are others",
         x=0.01,
         ha="left",
         fontsize=10,
@@ -117,8 +119,8 @@ def text_experts(data: dict) -> list[str]:
         f"{share.shape[-1]} experts; a row says in percent where the choices of a modality go. The share that would "
         f"have to move to make a row that of text, mean over layers: {listed}.",
         f"Tokens of held-out examples of all tasks with their answers ({seen}). With each modality weighed alike, an "
-        f"expert gets between {low:.1f} % and {high:.1f} % of a layer's choices. A small model with few experts: what "
-        "its experts are for does not carry over to larger ones.",
+        f"expert gets between {low:.1f} % and {high:.1f} % of a layer's choices, of which an even share is "
+        f"{100 / share.shape[-1]:.3g} %. What so few experts of a small model are for says nothing of larger ones.",
     ]
 
 
@@ -227,16 +229,18 @@ def draw_sinks(data: dict):
         if not data["tokens"][row]:
             continue
         height = np.arange(len(names)) + 0.19 * (row - 1.5)
+        mark, color = MARKS[kind]
         for place, y in enumerate(height):
-            left.plot(text[row, place], [y] * text.shape[-1], "o", color=COLORS[kind], markersize=3.2, alpha=0.5)
-        left.plot(text[row].mean(-1), height, "|", color=COLORS[kind], markersize=7, mew=2.4, label=kind)
+            left.plot(text[row, place], [y] * text.shape[-1], mark, color=color, markersize=3.2, alpha=0.5)
+        left.plot(text[row].mean(-1), height, "|", color=color, markersize=7, mew=2.4)
+        left.plot([], [], mark, color=color, label=kind)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
-    left.axvline(100 / (data["window"] + 1), color=GREY, linestyle=":", label="even share")
+    left.axvline(100 / (data["window"] + 1), color=GREY, linestyle=":", label="(even share)")
     left.set_xlim(0, 1.06 * text.max())
-    left.set_xlabel("attention that goes to the sink, %")
+    left.set_xlabel("attention that goes to the sink, % (marks: heads, bars: their means)")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(kinds) + 1, title="tokens of")
-    left.set_title(f"Text: sinks take {trunk.mean():.0f} % of sliding layers' attention")
+    left.set_title(f"Language model: sinks take {trunk.mean():.1f} % in sliding layers")
     for part, color, mark, label in (
         ("vision_without", GREY, "x", "without its bias"),
         ("vision_with_bias", RED, "o", "with its bias"),
@@ -266,13 +270,13 @@ def text_sinks(data: dict) -> list[str]:
     text = 100 * np.array(data["text"])[filled(data)]
     layers = [name.startswith("layer") for name in data["names"]]
     by_layer = text.mean((0, 2))
-    listed = ", ".join(f"{name} {value:.0f} %" for name, value in zip(data["names"], by_layer))
+    listed = ", ".join(f"{name} {value:.1f} %" for name, value in zip(data["names"], by_layer))
     least, most = text[:, layers].min(), text[:, layers].max()
     paragraphs = [
         "A sink is a learned logit per head of the sliding layers (and of the draft heads) that takes part in the "
         f"softmax and has no value; beside a full window of {data['window']} keys an even share would be "
-        f"{100 / (data['window'] + 1):.1f} %. Dots are heads, bars their means; mean over heads and modalities: "
-        f"{listed}. Single heads of the trunk give it between {least:.0f} % and {most:.0f} %. Global layers have no "
+        f"{100 / (data['window'] + 1):.1f} %. Marks are heads, bars their means; mean over heads and modalities: "
+        f"{listed}. Single heads of the trunk give it between {least:.1f} % and {most:.1f} %. Global layers have no "
         "sinks.",
         "Both shares are computed apart, the sink's from queries and keys, the keys' by the written-out attention, "
         f"and add up to 1 within {data['largest_error']:.0e}. Held-out examples of all tasks with their answers, "

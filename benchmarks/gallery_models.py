@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
 
 from modeling_mimo import MiMoV2FP8Config
+from modeling_mimo.cli.bench_micro import numbered
 from modeling_mimo.training import ConversationCollator
 from modeling_mimo.training.micro_tasks import TASKS, example
 
@@ -27,18 +28,22 @@ def load(path: str, dtype: torch.dtype = torch.bfloat16, form: str | None = None
 
 
 def page_ids(tokenizer, length: int) -> torch.Tensor:
-    """[1, length] ids of the repository's documentation, which nothing was trained on; repeated where too short."""
-    pages = sorted((ROOT / "docs").glob("*.md"))
+    """[1, length] ids of the repository's documentation; repeated where too short."""
+    # a run should not read what the last one wrote
+    pages = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "gallery.md")
     ids = tokenizer("\n".join(page.read_text(encoding="utf-8") for page in pages)).input_ids
     return torch.tensor([(ids * -(-length // len(ids)))[:length]])
 
 
 def answered(path: str, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Model inputs of `count` held-out examples of each task of MiMo-Micro, with the expected answer behind them."""
+    """Model inputs of `count` held-out examples of each task of MiMo-Micro, with the expected answer behind them.
+
+    They are the first ones that `mimo bench --micro` asks.
+    """
     collator = ConversationCollator(AutoProcessor.from_pretrained(path))
     for task in TASKS:
         for number in range(count):
-            asked = example(task, number)
+            asked = example(task, numbered(0, number))
             batch = collator([{**asked, "messages": [*asked["messages"], asked["reply"]]}])
             yield {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
 

@@ -12,6 +12,8 @@ from modeling_mimo.training.micro_tasks import TASKS
 
 
 BATCH = 16
+# relative distance of weights that FP8 leaves at most
+ROUNDED = 0.05
 # one task of each kind
 QUICK = ("shape", "motion", "match", "tone", "tool")
 FORMS = {"bf16": (None, "o", BLUE), "FP8": ("FP8", "s", ORANGE), "nf4": ("nf4", "^", RED)}
@@ -29,11 +31,22 @@ def score(result) -> dict:
     }
 
 
+def check_original(original: str, quantized: str) -> None:
+    """ValueError: `quantized` is not what rounding the weights of `original` to FP8 gives."""
+    wanted, got = (load(path).state_dict() for path in (original, quantized))
+    for name, weight in wanted.items():
+        away = float((got[name].float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30))
+        if not away <= ROUNDED:
+            raise ValueError(f"--original: expected the weights before FP8, got {name} {away:.0%} away from them.")
+
+
 def measure_quality(options: argparse.Namespace) -> dict:
     processor, scores = AutoProcessor.from_pretrained(options.model), {}
     count = 1 if options.quick else options.count
     tasks = QUICK if options.quick else tuple(TASKS)
     limit = {"max_new_tokens": 16} if options.quick else {}
+    if options.original:
+        check_original(options.original, options.model)
     for name, (form, _, _) in FORMS.items():
         path = options.original if name == "bf16" and options.original else options.model
         model = load(path, form=form)
@@ -68,12 +81,13 @@ def draw_quality(data: dict):
     left.set_yticks(rows, [f"{name}  {data['scores']['bf16'][name]['loss']:.3f}" for name in names])
     left.set_ylim(len(names) - 0.4, -0.6)
     left.set_xlim(-2, 102)
-    left.set_xlabel("held-out accuracy, %, with 95 % interval (dotted: chance, solid: required)")
+    left.set_xlabel("held-out accuracy, % (dotted: chance, solid: required)")
     left.set_title(f"All tasks: {', '.join(f'{form} {100 * total(data, form):.1f} %' for form in FORMS)}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     right.axvline(0, color=BLUE, linewidth=1.2)
     right.set_xlabel("loss above bf16, nats per token of the answers")
-    right.set_title("Loss (bf16: beside the names)")
+    right.locator_params(axis="x", nbins=4)
+    right.set_title("Loss (of bf16: beside the names)")
     return figure
 
 
@@ -100,9 +114,10 @@ def text_quality(data: dict) -> list[str]:
     }
     return [
         f"All tasks together, with 95 % intervals: {accuracy}; loss in nats per token of the expected answers: "
-        f"{losses}. {count} held-out examples per task, greedy. "
+        f"{losses}. {count} held-out examples per task, greedy; bars are the intervals. "
         + (f"Below what is required: {', '.join(missed)}." if missed else "No task is below what is required."),
-        f"{bf16[data['bf16_is']]}; FP8 is kept as stored and dequantized at each use; nf4 is bitsandbytes' of the FP8 "
-        "weights, experts and attention, computing in bf16 ([quantization.md](quantization.md)). Towers, embeddings "
-        "and head stay bf16 in all three, a larger share here than in a released model.",
+        f"{bf16[data['bf16_is']]}; FP8 is kept as stored and dequantized at each use; nf4 is made of the FP8 weights "
+        "by bitsandbytes, linear layers and experts of the language model, and computes in bf16 "
+        "([quantization.md](quantization.md)). Towers, embeddings and head stay bf16 in all three, a larger share "
+        "here than in a released model.",
     ]

@@ -1,26 +1,18 @@
-"""How the plots of the gallery look, and how their data is kept: one style, one palette, one form of JSON."""
+"""How the plots of the gallery look, and how their data is kept: one style, one palette, one form of JSON.
+
+matplotlib is imported where something is drawn: the page is made of the JSON files without it.
+"""
 
 import io
 import json
 import math
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
 from PIL import Image
 
 
 # Okabe and Ito's palette, which colour-blind people can tell apart
-BLUE, RED, GREEN, ORANGE, SKY, PINK, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#56B4E9",
-    "#CC79A7",
-    "#6E6E6E",
-)
-MODALITIES = {"text": BLUE, "image": RED, "video": ORANGE, "audio": GREEN}
+BLUE, RED, GREEN, ORANGE, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#6E6E6E"
 # of the heat maps: one hue, light to dark, the same in grey
 SHADES = "Blues"
 # inches of a plot and pixels per inch: shown half as large, so that it is sharp on fine screens
@@ -30,6 +22,8 @@ INK = "#222222"
 
 def set_style() -> None:
     """White ground, also on dark pages; no frames, faint grids, titles on the left."""
+    import matplotlib
+
     matplotlib.rcParams.update(
         {
             "figure.facecolor": "white",
@@ -64,12 +58,14 @@ def set_style() -> None:
 
 def panels(rows: int, columns: int, height: float, **options):
     """A figure of the gallery's width with rows x columns axes, [rows][columns]."""
+    from matplotlib.figure import Figure
+
     set_style()
     figure = Figure(figsize=(WIDTH, height))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
     """As PNG of 256 colours, a third of the bytes, without the version that would make every file another."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI)
@@ -101,6 +97,15 @@ def token_axis(axes, contexts: list[int]) -> None:
     axes.set_xticks(marks, [tokens_label(mark) for mark in marks])
     axes.minorticks_off()
     axes.set_xlabel("context, tokens (K = 1024)")
+
+
+def number_axis(axis) -> None:
+    """A logarithmic axis, of which 1, 2 and 5 times each power of ten are written out."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def byte_axis(axes) -> None:
