@@ -6,7 +6,9 @@ READY := .venv/ready
 # where `make micro` keeps its stages; each is made once, a stopped one goes on where it was
 RUNS := build/micro
 RECIPE := examples/micro
-TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2
+# one for each core, or for each GPU where there are some
+PROCESSES := 2
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES)
 
 .PHONY: demo test check bench upstream style micro
 

@@ -30,7 +30,7 @@ def listed():
 def measured(one_thread):
     """The object of `mimo demo --json` with a chart beside what is shipped."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(["demo", "--json", "--max-new-tokens", "32", "--image", str(MEDIA / "chart.png")]) == 0
+        assert main(["demo", "--json", "--max-new-tokens", "64", "--image", str(MEDIA / "chart.png")]) == 0
     return json.loads(out.getvalue())
 
 
@@ -41,7 +41,7 @@ def test_it_asks_about_every_shipped_medium_and_the_users_file(measured, listed)
     assert kinds == {"image", "video", "audio"}
     # a clip with sound has both in one question
     assert any({"video", "audio"} <= set(row["media_tokens"]) for row in rows)
-    assert any(row["tool_calls"] or row["expected"] == "get_time(Athens)" for row in rows)
+    assert [row["label"] for row in rows if row["tool_calls"]] == ["tool"]
     assert rows[-1]["expected"] is rows[-1]["right"] is None
 
 
@@ -50,6 +50,13 @@ def test_right_is_what_the_model_answers_and_the_file_shows(measured, listed):
         calls = [{"type": "function", "function": call} for call in row["tool_calls"]]
         assert row["right"] is is_right(entry, {"content": row["answer"], "tool_calls": calls})
         assert row["expected"] == entry["answer"]
+
+
+def test_most_shipped_questions_are_answered_right(measured):
+    right = [row["right"] for row in measured["questions"][:-1]]
+    assert len(right) == 8
+    # other processors round otherwise
+    assert sum(right) >= 6
 
 
 def test_the_cache_of_the_far_key_is_smaller_than_if_all_layers_were_global(measured):
@@ -66,7 +73,8 @@ def test_drafting_counts_fit_together(measured):
     assert len(drafting["proposed"]) == 3
     assert all(0 <= done <= asked for done, asked in zip(drafting["accepted"], drafting["proposed"]))
     assert 1 <= drafting["mean_accepted_length"] <= 4
-    assert drafting["tokens"] >= drafting["texts"]
+    assert drafting["tokens"] > 20 * drafting["texts"]
+    assert drafting["mean_accepted_length"] > 2
 
 
 def test_it_fits_on_one_screen_even_if_every_answer_is_wrong(measured):
@@ -184,4 +192,4 @@ def test_a_checkpoint_for_text_alone_is_refused(checkpoints, capsys):
     assert main(["demo", str(checkpoints["fp8_fused"])]) == 2
     out, error = capsys.readouterr()
     assert out == ""
-    assert "expected a MiMo-V2 checkpoint that sees and hears" in error
+    assert "expected a checkpoint that sees and hears" in error

@@ -33,7 +33,7 @@ BATCH, PARTS = 32, 4
 TOWERS = ("visual.", "audio_encoder.", "speech_embeddings.")
 STAGES = {
     "trunk": {"steps": 3400, "learning_rate": 2e-3},
-    "heads": {"steps": 500, "learning_rate": 2e-3},
+    "heads": {"steps": 300, "learning_rate": 2e-3},
 }
 
 
