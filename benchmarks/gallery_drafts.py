@@ -163,7 +163,7 @@ def draw_heads(axes, data: dict) -> None:
     axes.set_ylabel("drafts accepted, % of those checked")
     axes.set_xlim(0.004, 7)
     axes.set_ylim(0, 103)
-    axes.legend(loc="lower left", title="drafts of")
+    axes.legend(loc="upper right", title="drafts of")
     below, above = first_head(data)
     axes.set_title(f"Head 1: {below} below {SURE:g} nats, {above} above {UNSURE:g}")
 
