@@ -4,7 +4,7 @@
 
 The releases, too, began with a trained vision tower. A linear layer reads shape, colour and place off each token of a
 picture, and note, word or glide off each token of a sound; it is thrown away at the end, answers in words come later.
-Ten minutes on one CPU core.
+Seven minutes on one CPU core.
 """
 
 import argparse
