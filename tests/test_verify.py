@@ -407,8 +407,8 @@ def test_without_configs_only_bytes_are_compared(checkpoints, folder):
 
 
 def test_memory_stays_bounded_for_a_large_tensor(tmp_path):
-    """A tensor of 328 MB against a copy, in a process of its own."""
-    rows, columns = 20_000, 8192
+    """A tensor of 205 MB against a copy, in a process of its own."""
+    rows, columns = 12_500, 8192
     save_file({"w": torch.full((rows, columns), 0.5, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     code = """
@@ -421,10 +421,14 @@ verify(sys.argv[1], sys.argv[2], progress=False)
 print(peak() - before)
 """
     files = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
-    result = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    # one whole tensor would take 328 MB more; 130 to 185 MB were seen, of whatever size the tensor is
-    assert int(result.stdout) < 260e6
+    grown = []
+    # the same code grows by 130 to 185 MB from run to run
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        grown.append(int(result.stdout))
+    # one whole tensor would take 205 MB more
+    assert min(grown) < 180e6
 
 
 def test_a_folder_that_is_none_is_one_line(tmp_path, capsys):
