@@ -7,7 +7,7 @@ from gallery_models import load
 from gallery_style import BLUE, GREY, ORANGE, RED, panels
 from transformers import AutoProcessor
 
-from modeling_mimo.cli.bench_micro import evaluate, pooled
+from modeling_mimo.cli.bench_micro import evaluate, pooled, score_row
 from modeling_mimo.training.micro_tasks import TASKS
 
 
@@ -17,18 +17,6 @@ ROUNDED = 0.05
 # one task of each kind
 QUICK = ("shape", "motion", "match", "tone", "tool")
 FORMS = {"bf16": (None, "o", BLUE), "FP8": ("FP8", "s", ORANGE), "nf4": ("nf4", "^", RED)}
-
-
-def score(result) -> dict:
-    low, high = result.interval
-    return {
-        "count": result.count,
-        "right": result.right,
-        "accuracy": result.accuracy,
-        "low": low,
-        "high": high,
-        "loss": result.loss,
-    }
 
 
 def check_original(original: str, quantized: str) -> None:
@@ -51,7 +39,10 @@ def measure_quality(options: argparse.Namespace) -> dict:
         path = options.original if name == "bf16" and options.original else options.model
         model = load(path, form=form)
         found = evaluate(model, processor, tasks, count, BATCH, with_loss=True, **limit)
-        scores[name] = {"all": score(pooled(found.values())), **{task: score(part) for task, part in found.items()}}
+        scores[name] = {
+            "all": score_row(pooled(found.values())),
+            **{task: score_row(part) for task, part in found.items()},
+        }
     return {
         "bf16_is": "trained" if options.original else "dequantized",
         "tasks": {
