@@ -165,7 +165,7 @@ def measure(model, prompts, args: argparse.Namespace) -> dict:
             start = time.perf_counter()
             with torch.inference_mode():
                 # reading the logit waits for the device
-                model(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1, 0].item()
+                model(prompts, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1, 0].item()
             prefills += [time.perf_counter() - start] if repeat else []
             bar.update()
             for mode in modes:

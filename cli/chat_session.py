@@ -203,7 +203,7 @@ class ChatSession:
             reused = self.roll_back_to(keys)
             output = self.model.generate(
                 **inputs.to(self.model.device),
-                past_key_values=self.cache,
+                cache=self.cache,
                 streamer=self.listener,
                 stopping_criteria=[self.listener],
                 max_new_tokens=min(self.max_new_tokens, room),

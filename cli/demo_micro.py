@@ -116,7 +116,7 @@ def answered(model, processor, question: Question, inputs, limit: int) -> dict[s
     """The model's greedy answer to a question with what it cost."""
     cache = HybridCache(model.config)
     begin = time.perf_counter()
-    output = model.generate(**inputs.to(model.device), past_key_values=cache, max_new_tokens=limit, do_sample=False)
+    output = model.generate(**inputs.to(model.device), cache=cache, max_new_tokens=limit, do_sample=False)
     seconds = time.perf_counter() - begin
     ids, prompt = inputs["input_ids"], inputs["input_ids"].shape[1]
     message = processor.parse_response(output[0, prompt:], prefix=ids[0], tools=question.tools)

@@ -60,7 +60,7 @@ def generate(model, tokenizer, ids, max_new_tokens: int) -> None:
     cache = HybridCache(model.config)
     start = time.perf_counter()
     with torch.inference_mode():
-        model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids[:, :-1], cache=cache, use_cache=True, logits_to_keep=1)
     prefill = time.perf_counter() - start
     print(f"prompt: {ids.shape[1]:,} tokens, read in {prefill:.2f} s ({ids.shape[1] / prefill:,.0f} tokens/s)\n")
     tail = tokenizer.decode(ids[0, -40:]).strip().replace("\n", " ")
@@ -69,7 +69,7 @@ def generate(model, tokenizer, ids, max_new_tokens: int) -> None:
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache=cache,
         streamer=TextStreamer(tokenizer, skip_prompt=True),
         max_new_tokens=max_new_tokens,
         min_new_tokens=max_new_tokens,

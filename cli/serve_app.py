@@ -39,8 +39,11 @@ class ServedModel(ModelManager):
     def load_model_and_processor(self, model_id_and_revision: str, *args, **kwargs):
         return self.model, self.processor
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
         return [{"id": self.force_model, "object": "model", "created": self.created, "owned_by": "modeling-mimo"}]
+
+    # its name in Transformers 5.23
+    get_gen_models = list_models
 
 
 class WatchedClients:

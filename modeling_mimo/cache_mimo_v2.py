@@ -439,7 +439,7 @@ class CacheSnapshot:
 
 
 class HybridCache(Cache):
-    """KV cache with exact bounded rollback, for `past_key_values` of a model with full and sliding attention layers.
+    """KV cache with exact bounded rollback, for the `cache` of a model with full and sliding attention layers.
 
     Args:
         config: has `layer_types`, `sliding_window` (keys a query sees, itself included) and what a fingerprint reads.

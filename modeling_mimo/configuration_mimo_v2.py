@@ -216,7 +216,7 @@ class MiMoV2Config(PreTrainedConfig):
 
     model_type = "mimo_v2"
     sub_configs = {"vision_config": MiMoV2VisionConfig, "audio_config": MiMoV2AudioConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
     ignore_keys_at_rope_validation = {"partial_rotary_factor", "type"}
 

@@ -13,6 +13,8 @@
 # limitations under the License.
 """What `generate` needs to know about MiMo-V2: its cache, its masks, and media that are encoded once."""
 
+import copy
+import inspect
 import itertools
 from functools import partial
 
@@ -21,10 +23,13 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import TransformersKwargs
 
 from .cache_mimo_v2 import DEFAULT_ROLLBACK, HybridCache
+from .cache_names_mimo_v2 import CACHE_NAME, rename_cache, takes_cache, with_both_names
 from .configuration_mimo_v2 import MiMoV2Config
 from .generation_mtp_mimo_v2 import mtp_decoding
+from .unknown_names_mimo_v2 import unknown_name
 
 
 # modality -> arguments of `forward` that hold its patches or frames, and the sizes of its media
@@ -47,17 +52,18 @@ def check_placeholders(places: torch.Tensor, modality: str, features: int) -> No
 def cached_length(input_ids: torch.Tensor, model_kwargs: dict, generation_config: GenerationConfig) -> int:
     """How many of the first `input_ids` [B, S] a reused cache holds: all it has if the mask is as long as the ids,
     none if the ids are only the new ones (the same rule as in Transformers' `_prefill`)."""
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
     # `generate` takes away a mask of ones and leaves its length here
     length = generation_config._mask_length if mask is None else mask.shape[1]
     return cache.get_seq_length() if cache is not None and length == input_ids.shape[1] else 0
 
 
+@takes_cache
 def explicit_masks(
     config: MiMoV2Config,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> dict[str, torch.Tensor]:
@@ -71,10 +77,10 @@ def explicit_masks(
     }
     return {
         layer_type: functions[layer_type](
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            config,
+            inputs_embeds,
+            attention_mask,
+            cache,
             position_ids=position_ids,
             allow_is_causal_skip=False,
         )
@@ -87,21 +93,21 @@ def check_cache_choice(name: str | None) -> None:
     if name == "quantized":
         raise ValueError(
             "`cache_implementation`: expected a cache for sliding layers, got 'quantized'; "
-            "`past_key_values=HybridCache(model.config, global_dtype=torch.float8_e4m3fn)` halves the global ones."
+            "`cache=HybridCache(model.config, global_dtype=torch.float8_e4m3fn)` halves the global ones."
         )
     if name in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
         raise ValueError(
             f"`cache_implementation`: expected an accelerator for {name!r}, got none; "
-            "`past_key_values=HybridCache(model.config, offload_global=True)` works everywhere."
+            "`cache=HybridCache(model.config, offload_global=True)` works everywhere."
         )
 
 
 def check_assisted(generation_config: GenerationConfig, model_kwargs: dict) -> None:
     """Raises a `ValueError` for drafts of a model or of the prompt where Transformers gives wrong tokens or fails."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     if cache is not None and (cached := cache.get_seq_length()) > 0:
         raise ValueError(
-            "`past_key_values`: expected an empty cache with `assistant_model` or `prompt_lookup_num_tokens`, got "
+            "`cache`: expected an empty cache with `assistant_model` or `prompt_lookup_num_tokens`, got "
             f"{cached} tokens, which Transformers would feed again; `use_mtp=True` goes on from a cache."
         )
     if generation_config.assistant_early_exit is not None:
@@ -118,8 +124,7 @@ def check_assisted(generation_config: GenerationConfig, model_kwargs: dict) -> N
     drafts = generation_config.prompt_lookup_num_tokens or 1
     if isinstance(cache, HybridCache) and cache.max_rollback < drafts:
         raise ValueError(
-            f"`past_key_values`: expected a HybridCache with `max_rollback` of at least {drafts}, got "
-            f"{cache.max_rollback}."
+            f"`cache`: expected a HybridCache with `max_rollback` of at least {drafts}, got {cache.max_rollback}."
         )
 
 
@@ -128,9 +133,17 @@ class MiMoV2GenerationMixin(GenerationMixin):
 
     create_masks_for_generate = staticmethod(explicit_masks)
 
-    def generate(self, *args, use_mtp: bool | None = None, mtp_depth: int | str | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        use_mtp: bool | None = None,
+        mtp_depth: int | str | None = None,
+        **kwargs,
+    ):
         """As in Transformers, whose own `use_mtp` chains the heads and feeds them normed states, which MiMo's are not
-        made for.
+        made for. The cache is `cache` or `past_key_values`, on either line of Transformers.
 
         Args:
             use_mtp: draft with the MTP heads of the checkpoint and verify: the same tokens, or the same distribution
@@ -139,20 +152,36 @@ class MiMoV2GenerationMixin(GenerationMixin):
                 be none.
 
         Raises:
-            ValueError: as in Transformers, and for what drafting cannot do; see `check_mtp`.
+            ValueError: as in Transformers, for what drafting cannot do (see `check_mtp`), and for an argument that
+                nobody reads.
         """
-        config = kwargs.get("generation_config") or self.generation_config
-        if use_mtp is None:
-            use_mtp = bool(config.use_mtp)
-        if not use_mtp:
+        kwargs, given = rename_cache(kwargs), generation_config
+        defaults = [config.use_mtp for config in (given, self.generation_config) if config is not None]
+        if any(defaults) and given is None:
+            kwargs["use_mtp"] = False
+        elif any(defaults):
+            # on a copy: an argument beside a config is deprecated
+            generation_config = copy.deepcopy(given)
+            generation_config.use_mtp = False
+        if not next((choice for choice in (use_mtp, *defaults) if choice is not None), False):
             if mtp_depth is not None:
                 raise ValueError(f"`mtp_depth`: expected `use_mtp=True` with it, got {mtp_depth!r} alone.")
-            return super().generate(*args, use_mtp=False, **kwargs)
+            return with_both_names(super().generate(inputs, generation_config, *args, **kwargs))
         for name in ("assistant_model", "custom_generate"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}`: expected nothing beside `use_mtp`, got both.")
         decoding = partial(mtp_decoding, mtp_depth=self.config.num_mtp_layers if mtp_depth is None else mtp_depth)
-        return super().generate(*args, use_mtp=False, custom_generate=decoding, **kwargs)
+        return super().generate(inputs, generation_config, *args, custom_generate=decoding, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        functions = (self.forward, self.prepare_inputs_for_generation)
+        known = {name for function in functions for name in inspect.signature(function).parameters}
+        known |= TransformersKwargs.__annotations__.keys()
+        for name, value in model_kwargs.items():
+            if name not in known and value is not None:
+                options = {*inspect.signature(super().generate).parameters, *GenerationConfig().to_dict(), "mtp_depth"}
+                raise ValueError(unknown_name(name, known | options, "an argument of `generate`"))
+        super()._validate_model_kwargs(model_kwargs)
 
     def _extract_generation_mode_kwargs(self, custom_generate, *args, **kwargs):
         # Transformers gives a decoding function of others neither the streamer nor the tokenizer of stop strings
@@ -174,15 +203,15 @@ class MiMoV2GenerationMixin(GenerationMixin):
             check_assisted(generation_config, model_kwargs)
         # the default cache of this model; a cache or a cache_implementation that the user names is left alone
         wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if wanted and model_kwargs.get("past_key_values") is None:
+        if wanted and model_kwargs.get(CACHE_NAME) is None:
             # all drafts from the prompt may be rejected at once
             most = max(DEFAULT_ROLLBACK, generation_config.prompt_lookup_num_tokens or 0)
-            model_kwargs["past_key_values"] = HybridCache(self.config, max_rollback=most)
+            model_kwargs[CACHE_NAME] = HybridCache(self.config, max_rollback=most)
         else:
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        self.check_static_shapes(generation_config, model_kwargs.get("past_key_values"), max_cache_length)
+        self.check_static_shapes(generation_config, model_kwargs.get(CACHE_NAME), max_cache_length)
 
     def check_static_shapes(self, generation_config: GenerationConfig, cache: Cache | None, length: int) -> None:
         """Raises a `ValueError` for a static cache beyond the positions, which a compiled step would not notice, and

@@ -28,6 +28,7 @@ from transformers.generation import (
 )
 
 from .cache_mimo_v2 import HybridCache
+from .cache_names_mimo_v2 import CACHE_NAME, has_both_names
 from .drafting_depth_mimo_v2 import AutoDepth, FixedDepth
 from .drafting_mimo_v2 import DraftHeads, TrunkStates
 
@@ -68,6 +69,7 @@ class MTPStats:
             self.seconds[part] += time.perf_counter() - start
 
 
+@has_both_names
 @dataclass
 class MTPGenerateOutput(GenerateDecoderOnlyOutput):
     mtp_stats: MTPStats | None = None
@@ -233,7 +235,7 @@ class MTPDecoder:
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=True,
             )
         self.stats.forwards += 1
@@ -345,12 +347,12 @@ def check_mtp(model, generation_config, model_kwargs: dict[str, Any], depth: int
         raise ValueError(f"`mtp_depth`: expected 1 to {heads} drafts or 'auto', got {depth!r}.")
     if generation_config.num_beams > 1:
         raise ValueError(f"`num_beams`: expected 1 with `use_mtp`, got {generation_config.num_beams}.")
-    cache, most = model_kwargs.get("past_key_values"), heads if depth == "auto" else depth
+    cache, most = model_kwargs.get(CACHE_NAME), heads if depth == "auto" else depth
     if not isinstance(cache, HybridCache) or cache.max_rollback < most:
         got = type(cache).__name__
         if isinstance(cache, HybridCache):
             got = f"max_rollback={cache.max_rollback}"
-        raise ValueError(f"`past_key_values`: expected a HybridCache that can roll back {most} tokens, got {got}.")
+        raise ValueError(f"`cache`: expected a HybridCache that can roll back {most} tokens, got {got}.")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("`input_ids`: expected token ids with `use_mtp`, got `inputs_embeds`.")
 
@@ -381,7 +383,7 @@ def mtp_decoding(
     """
     check_mtp(model, generation_config, model_kwargs, mtp_depth)
     started = time.perf_counter()
-    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
     padding = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
     if mask is not None:
         padding = mask.shape[1] - mask.sum(-1)
@@ -422,8 +424,8 @@ def mtp_decoding(
         sequences=sequences,
         scores=stacked([row.scores for row in rows]) if generation_config.output_scores else None,
         logits=stacked([row.logits for row in rows]) if generation_config.output_logits else None,
-        past_key_values=cache,
         mtp_stats=stats,
+        **{CACHE_NAME: cache},
     )
 
 

@@ -29,6 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_mimo_v2 import HybridCache
+from .cache_names_mimo_v2 import CACHE_NAME, CACHE_NAMES, takes_cache
 from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors, take_mtp_layers_from_files
 from .configuration_mimo_v2 import QUANT_METHOD, MiMoV2Config
 from .generation_mimo_v2 import MEDIA_INPUTS, MiMoV2GenerationMixin, check_placeholders, explicit_masks
@@ -55,10 +56,20 @@ from .quantization_bnb_mimo_v2 import check_saveable, choose_quantization, float
 from .quantization_mimo_v2 import check_scales
 from .saved_bnb_mimo_v2 import check_saved_tensors, scale_bytes
 from .switches_mimo_v2 import SINK_KERNELS, MiMoV2SwitchesMixin
+from .unknown_names_mimo_v2 import refuses_unknown_names
 from .weight_mapping_mimo_v2 import expert_conversions, released_tensors, weight_name
 
 
 logger = logging.get_logger(__name__)
+
+# Transformers' arguments that no signature here names, of the loss, the recorded outputs, flash kernels and debugging
+PASSED_ON = (
+    *("num_items_in_batch", "shift_labels"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("debug_io", "debug_io_dir", "prune_layers"),
+)
+MEDIA_NAMES = tuple(name for names in MEDIA_INPUTS.values() for name in names)
 
 
 @auto_docstring
@@ -74,7 +85,7 @@ class MiMoV2PreTrainedModel(MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2Switc
         "MiMoV2AudioLayer",
         "MiMoV2SpeechEmbeddings",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = False
@@ -191,6 +202,18 @@ class MiMoV2PreTrainedModel(MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2Switc
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
+def check_checkpointing(cache: Cache | None) -> None:
+    """What layers that run twice may fill: no cache, since they would append twice.
+
+    ValueError: the cache has tokens, which attention would miss.
+    """
+    # Transformers 5.23 takes a cache away from layers by its older name alone
+    if cache is not None and (cached := cache.get_seq_length()) > 0:
+        raise ValueError(f"`cache`: expected none in gradient checkpointing, got {cached} cached tokens.")
+    if cache is not None:
+        logger.warning_once("`cache` stays empty in gradient checkpointing.")
+
+
 @auto_docstring
 class MiMoV2Model(MiMoV2PreTrainedModel):
     """Token embeddings, decoder layers and final norm, and the MTP heads, which `forward` runs on demand alone."""
@@ -222,18 +245,18 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             del self.mtp.layers[self.config.num_mtp_layers :]
             self.mtp = self.mtp if len(self.mtp.layers) else None
 
-    def check_mtp_training(self, past_key_values: Cache | None) -> None:
+    def check_mtp_training(self, cache: Cache | None) -> None:
         """Raises a `ValueError` for heads that are not there, or that lack the states behind a cache."""
         if self.mtp is None:
             raise ValueError("`mtp_loss_weight`: expected a model with MTP heads, got one without.")
-        if past_key_values is not None and (cached := past_key_values.get_seq_length()) > 0:
-            raise ValueError(f"`past_key_values`: expected none with `mtp_loss_weight`, got {cached} cached tokens.")
+        if cache is not None and (cached := cache.get_seq_length()) > 0:
+            raise ValueError(f"`cache`: expected none with `mtp_loss_weight`, got {cached} cached tokens.")
 
     def layer_masks(
         self,
         attention_mask: torch.Tensor | dict | None,
         inputs_embeds: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor | None,
     ) -> dict[str, torch.Tensor | None]:
         """What attention needs to know per layer type: which keys are real, [B, keys] bool, or None for all of them.
@@ -243,10 +266,10 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         if isinstance(attention_mask, dict):
             # `generate` has built the masks of a static cache already
             return attention_mask
-        static = past_key_values is not None and past_key_values.is_compileable
+        static = cache is not None and cache.is_compileable
         if static or (attention_mask is not None and attention_mask.dim() == 4):
-            return explicit_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            return explicit_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        past_length = 0 if cache is None else cache.get_seq_length()
         packed = None
         if position_ids is not None and attention_mask is None and past_length == 0:
             packed = find_packed_sequence_indices(position_ids)
@@ -269,21 +292,21 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         for index, layer_type in enumerate(self.config.layer_types):
             if layer_type not in masks:
                 length, offset = queries, 0
-                if past_key_values is not None:
-                    length, offset = past_key_values.get_mask_sizes(queries, index)
+                if cache is not None:
+                    length, offset = cache.get_mask_sizes(queries, index)
                 masks[layer_type] = attention_mask[:, offset : offset + length].bool()
         return masks
 
-    def check_lengths(self, past_key_values: Cache | None, queries: int) -> None:
+    def check_lengths(self, cache: Cache | None, queries: int) -> None:
         """Raises a `ValueError` for a cache of another config, too long a context, or a trace of one prompt."""
         if torch.jit.is_tracing():
             raise ValueError("`torch.jit.trace`: expected `torch.export`, since a trace keeps one prompt's branches.")
-        if isinstance(past_key_values, HybridCache):
-            past_key_values.check_config(self.config)
+        if isinstance(cache, HybridCache):
+            cache.check_config(self.config)
         # `generate` has compared the longest sequence with the positions before the first compiled step
         if torch.compiler.is_compiling():
             return
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
         if past_length + queries > self.config.max_position_embeddings:
             raise ValueError(
                 f"context: expected at most max_position_embeddings={self.config.max_position_embeddings} tokens, "
@@ -293,12 +316,14 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @takes_cache
+    @refuses_unknown_names(*PASSED_ON, *MEDIA_NAMES)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         run_mtp: bool = False,
@@ -309,7 +334,8 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             input_ids: [B, S] token ids, or `inputs_embeds` [B, S, hidden] instead.
             attention_mask: [B, cached + S], 0 for padding on either side; fully padded rows are allowed.
             position_ids: [B, S]; plain 1-D positions for every modality.
-            past_key_values: a `HybridCache` or any Transformers cache; made here when `use_cache` asks for one.
+            cache (`Cache`, *optional*): a `HybridCache` or any Transformers cache, also by its older name
+                `past_key_values`; made here when `use_cache` asks for one.
             run_mtp (`bool`, *optional*, defaults to `False`): run the MTP heads too, for training.
 
         Returns:
@@ -318,26 +344,30 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; media; a mask of another shape; a cache of
                 another config; a context beyond `max_position_embeddings`; `run_mtp` without heads, or behind a cache
-                whose states the heads have not seen.
+                whose states the heads have not seen; a cache with tokens in gradient checkpointing; packed sequences
+                without positions; an argument that nobody reads.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids`, `inputs_embeds`: expected exactly one of the two.")
-        if media := [name for names in MEDIA_INPUTS.values() for name in names if kwargs.get(name) is not None]:
-            # unknown arguments go down to attention, which would leave them unseen
+        if media := [name for name in MEDIA_NAMES if kwargs.get(name) is not None]:
             raise ValueError(
                 f"`{media[0]}`: expected text alone, got media, which MiMoV2ForCausalLM takes; with TRL use "
                 "modeling_mimo.training.MiMoV2SFTTrainer."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = HybridCache(self.config)
-        self.check_lengths(past_key_values, inputs_embeds.shape[1])
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            cache = check_checkpointing(cache)
+        elif use_cache and cache is None:
+            cache = HybridCache(self.config)
+        if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
+            raise ValueError("`position_ids`: expected positions that restart with each packed sequence, got none.")
+        self.check_lengths(cache, inputs_embeds.shape[1])
         if run_mtp:
-            self.check_mtp_training(past_key_values)
-        masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
+            self.check_mtp_training(cache)
+        masks = self.layer_masks(attention_mask, inputs_embeds, cache, position_ids)
         if position_ids is None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past_length = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
         rotary = {
             layer_type: self.rotary_emb(inputs_embeds, position_ids, layer_type)
@@ -349,7 +379,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
                 hidden_states,
                 position_embeddings=rotary[layer_type],
                 attention_mask=masks[layer_type],
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         mtp_hidden_states = None
@@ -362,7 +392,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             )
         return MiMoV2ModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
             mtp_hidden_states=mtp_hidden_states,
         )
 
@@ -405,6 +435,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
 
     @can_return_tuple
     @auto_docstring
+    @refuses_unknown_names()
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, **kwargs
     ) -> BaseModelOutputWithPooling:
@@ -423,6 +454,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
 
     @can_return_tuple
     @auto_docstring
+    @refuses_unknown_names()
     def get_video_features(
         self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor, **kwargs
     ) -> BaseModelOutputWithPooling:
@@ -431,6 +463,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
 
     @can_return_tuple
     @auto_docstring
+    @refuses_unknown_names()
     def get_audio_features(
         self, audio_codes: torch.LongTensor, audio_code_lengths: torch.LongTensor, **kwargs
     ) -> BaseModelOutputWithPooling:
@@ -492,12 +525,14 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
 
     @can_return_tuple
     @auto_docstring
+    @takes_cache
+    @refuses_unknown_names(*PASSED_ON)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
@@ -521,6 +556,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
             audio_code_lengths (`torch.LongTensor` of shape `(audios,)`, *optional*): frames of each audio.
             pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: patches and grids of all images and
                 videos of the batch, row by row in the order of their placeholders in `input_ids`.
+            cache (`Cache`, *optional*): as in `MiMoV2Model.forward`.
             mm_encoder_outputs: "image", "video" and "audio" features encoded before, instead of pixels and codes.
             labels: [B, S] token ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits for the last n positions only (0: all), or for these positions.
@@ -544,9 +580,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
         if media and (input_ids is None or inputs_embeds is not None):
             raise ValueError(f"`input_ids`: expected placeholders for {sorted(media)} features, got `inputs_embeds`.")
         # only the decode step is compiled, where a static cache's length is a tensor, which no branch may depend on
-        is_prefill = not torch.compiler.is_compiling() and (
-            past_key_values is None or bool(past_key_values.get_seq_length() == 0)
-        )
+        is_prefill = not torch.compiler.is_compiling() and (cache is None or bool(cache.get_seq_length() == 0))
         # CODEPATH: V2.5 and V2.6 have placeholders to look for, V2.5-Pro and V2-Flash none
         has_placeholders = self.config.vision_config is not None or self.config.audio_config is not None
         if media or (is_prefill and inputs_embeds is None and has_placeholders):
@@ -556,7 +590,7 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             run_mtp=labels is not None and weight > 0,
@@ -574,11 +608,11 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, MiMoV2GenerationMixin, MiMoV2MTPT
         return MiMoV2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=attentions,
             router_logits=outputs.router_logits,
             mtp_losses=mtp_losses,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import auto_docstring
 
+from .cache_names_mimo_v2 import has_both_names
 from .configuration_mimo_v2 import MiMoV2Config
 from .modeling_mimo_v2_base import MiMoV2MLP, MiMoV2RMSNorm
 from .modeling_mimo_v2_text import MiMoV2Attention
@@ -58,7 +59,7 @@ class MiMoV2MTPLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -67,7 +68,7 @@ class MiMoV2MTPLayer(GradientCheckpointingLayer):
             hidden_states: [B, S, hidden] of the trunk before its final norm.
             position_embeddings: cos and sin of a sliding layer at the positions of `hidden_states`.
             attention_mask: as a decoder layer takes it.
-            past_key_values: a cache of the heads alone, whose layer k is head k.
+            cache: a cache of the heads alone, whose layer k is head k.
 
         Returns:
             [B, S, hidden], what `lm_head` turns into the logits of head k.
@@ -77,7 +78,7 @@ class MiMoV2MTPLayer(GradientCheckpointingLayer):
             self.input_layernorm(mixed),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         mixed = mixed + attended
@@ -136,6 +137,7 @@ def mtp_targets(
     return targets.masked_fill(~F.pad(follows, (0, distance)), -100)
 
 
+@has_both_names
 @auto_docstring(custom_intro="What the trunk returns, and the MTP heads where they were asked to run.")
 @dataclass
 class MiMoV2ModelOutputWithPast(MoeModelOutputWithPast):
@@ -147,6 +149,7 @@ class MiMoV2ModelOutputWithPast(MoeModelOutputWithPast):
     mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+@has_both_names
 @auto_docstring(custom_intro="Logits, and losses for `labels`.")
 @dataclass
 class MiMoV2CausalLMOutputWithPast(MoeCausalLMOutputWithPast):

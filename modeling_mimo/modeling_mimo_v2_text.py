@@ -158,7 +158,7 @@ class MiMoV2Attention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project_in_steps(hidden_states)
@@ -166,8 +166,8 @@ class MiMoV2Attention(nn.Module):
             # autograd forbids the rotation in place on views of what bitsandbytes' own functions return
             query, key = query.clone(), key.clone()
         query, key = apply_rotary_(query, *position_embeddings), apply_rotary_(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,

@@ -193,7 +193,7 @@ class MiMoV2BnbQuantizerMixin:
                     setattr(experts, projection, nn.Parameter(torch.stack(weights)))
                 model.set_submodule(name, experts.train(module.training))
         # saving reverses the released table again
-        del model._weight_conversions
+        vars(model).pop("_weight_conversions", None)
         return model
 
 

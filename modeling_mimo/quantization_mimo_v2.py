@@ -374,7 +374,7 @@ class MiMoV2FP8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.quantization_config.dequantize:
             # saving then reverses the plain table: the loader's own reversal fails on dequantizing converters
-            del model._weight_conversions
+            vars(model).pop("_weight_conversions", None)
         return model
 
     def is_serializable(self) -> bool:

@@ -14,7 +14,11 @@
 """Names that nobody reads, told to the user with the known name that is nearest."""
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+
+from transformers.cache_utils import Cache
 
 
 def unknown_name(name: str, known: Iterable[str], what: str) -> str:
@@ -23,6 +27,35 @@ def unknown_name(name: str, known: Iterable[str], what: str) -> str:
     Args:
         what: what was expected in its place, e.g. `an argument of the processor`.
     """
-    nearest = difflib.get_close_matches(name, list(known), n=1)
+    nearest = difflib.get_close_matches(name, sorted(known), n=1)
     suggestion = f"; did you mean `{nearest[0]}`?" if nearest else ""
     return f"`{name}`: expected {what}, got an unknown name{suggestion}"
+
+
+def refuses_unknown_names(*passed_on: str) -> Callable[[Callable], Callable]:
+    """Decorates a function whose `**kwargs` would swallow what nobody reads.
+
+    Args:
+        passed_on: names that `**kwargs` may hold.
+
+    Returns:
+        A decorator; the function then raises a `ValueError` for an argument of another name, and for a cache that
+        comes as anything but `cache`. None counts as no argument.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        names = [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
+        known = frozenset((*names, *passed_on))
+
+        @functools.wraps(function)
+        def checked(*args, **kwargs):
+            for name, value in kwargs.items():
+                if name not in known and value is not None:
+                    raise ValueError(unknown_name(name, known, f"an argument of `{function.__qualname__}`"))
+                if name != "cache" and isinstance(value, Cache):
+                    raise ValueError(f"`{name}`: expected no cache, which goes into `cache`, got one.")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

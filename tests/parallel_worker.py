@@ -145,16 +145,16 @@ def cache(degrees: dict) -> dict:
     path = OUTPUT / f"cache.{dist.get_rank()}.safetensors"
     with torch.no_grad():
         states = HybridCache(model.config)
-        model(ids[:, :13], past_key_values=states)
+        model(ids[:, :13], cache=states)
         states.save(path)
-        rest = model(ids[:, 13:], past_key_values=HybridCache.load(path, model.config)).logits
+        rest = model(ids[:, 13:], cache=HybridCache.load(path, model.config)).logits
         difference = (rest - model(ids).logits[:, 13:]).abs().max().item()
     return {"difference": difference, "heads": states.layers[0].keys.shape[1], "refused": refused(use_on_one, path)}
 
 
 def use_on_one(path: Path) -> None:
     plain = load("omni")
-    plain(token_ids(rows=1)[:, 13:], past_key_values=HybridCache.load(path, plain.config))
+    plain(token_ids(rows=1)[:, 13:], cache=HybridCache.load(path, plain.config))
 
 
 def refused(function, *args, **kwargs) -> str:

@@ -113,7 +113,7 @@ def test_a_cache_that_grows_costs_a_graph_per_step_and_gives_the_same_tokens(tex
     model, options = copy.deepcopy(text), {**GREEDY, "max_new_tokens": 2}
     expected = model.generate(token_ids(1, 20), **options)
     model.forward = torch.compile(model.forward, backend=backend)
-    got = model.generate(token_ids(1, 20), past_key_values=HybridCache(model.config), **options)
+    got = model.generate(token_ids(1, 20), cache=HybridCache(model.config), **options)
     assert torch.equal(got, expected)
     # the prompt and the token behind it
     assert len(backend.graphs) == 2

@@ -82,9 +82,7 @@ def test_greedy_tokens_of_conversations(model, batch, eos):
         options = {"max_new_tokens": 8, "eos_token_id": eos}
         ids, mask = prompts(batch, 1000 + seed, 3 * WINDOW)
         caches = {use: HybridCache(model.config) for use in (None, True)}
-        first, same = (
-            generate(model, ids, mask, use_mtp=use, past_key_values=caches[use], **options) for use in caches
-        )
+        first, same = (generate(model, ids, mask, use_mtp=use, cache=caches[use], **options) for use in caches)
         assert torch.equal(first, same)
         # what follows the end of a row is padding
         is_end = torch.isin(first[:, ids.shape[1] :], torch.tensor(options["eos_token_id"] or []))
@@ -93,9 +91,9 @@ def test_greedy_tokens_of_conversations(model, batch, eos):
         ids = torch.cat((first, token_ids(batch, 1 + seed % 5, seed=seed)), dim=1)
         if eos is not None and batch > 1:
             # drafting goes on from rows without gaps alone
-            pair = [generate(model, ids, mask, past_key_values=cache, **options) for cache in caches.values()]
+            pair = [generate(model, ids, mask, cache=cache, **options) for cache in caches.values()]
         else:
-            pair = [generate(model, ids, mask, use_mtp=use, past_key_values=caches[use], **options) for use in caches]
+            pair = [generate(model, ids, mask, use_mtp=use, cache=caches[use], **options) for use in caches]
         assert torch.equal(*pair)
 
 
@@ -383,9 +381,9 @@ def test_a_cache_of_an_earlier_turn_goes_on(model, new):
     first, later = token_ids(1, 3 * WINDOW, seed=1), token_ids(1, new, seed=2)
     cache, plain = HybridCache(model.config), HybridCache(model.config)
     for use, kept in ((True, cache), (None, plain)):
-        ids = generate(model, first, past_key_values=kept, use_mtp=use, max_new_tokens=9)
+        ids = generate(model, first, cache=kept, use_mtp=use, max_new_tokens=9)
         ids = torch.cat((ids, later), dim=1)
-        output = generate(model, ids, past_key_values=kept, use_mtp=use)
+        output = generate(model, ids, cache=kept, use_mtp=use)
         if use:
             drafted = output
     assert torch.equal(drafted, output)
@@ -401,12 +399,12 @@ def test_a_cache_of_an_earlier_turn_goes_on(model, new):
 def test_a_snapshot_is_not_written_over(often):
     """Rows that fall behind are moved in the buffers, which a snapshot may share."""
     cache, (ids, mask) = HybridCache(often.config), prompts(3, 9)
-    often(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    often(ids, attention_mask=mask, cache=cache, use_cache=True)
     snapshot = cache.snapshot()
     before = [[rows.clone() for rows in layer.live_rows()] for layer in cache.layers]
     longer = torch.cat((ids, torch.full((3, 1), 9)), dim=1)
     longer_mask = torch.cat((mask, torch.ones(3, 1, dtype=torch.long)), dim=1)
-    generate(often, longer, longer_mask, past_key_values=cache, use_mtp=True)
+    generate(often, longer, longer_mask, cache=cache, use_mtp=True)
     cache.restore(snapshot)
     for layer, rows in zip(cache.layers, before):
         assert all(map(torch.equal, layer.live_rows(), rows))
@@ -450,8 +448,8 @@ def test_a_model_remembers_in_its_generation_config(often):
         ({"mtp_depth": "most"}, "`mtp_depth`: expected 1 to 3 drafts or 'auto', got 'most'"),
         ({"num_beams": 2}, "`num_beams`: expected 1 with `use_mtp`, got 2"),
         ({"assistant_model": object()}, "`assistant_model`: expected nothing beside `use_mtp`, got both"),
-        ({"past_key_values": DynamicCache()}, "`past_key_values`: expected a HybridCache .* got DynamicCache"),
-        ({"use_cache": False}, "`past_key_values`: expected a HybridCache .* got NoneType"),
+        ({"cache": DynamicCache()}, "`cache`: expected a HybridCache .* got DynamicCache"),
+        ({"use_cache": False}, "`cache`: expected a HybridCache .* got NoneType"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -464,7 +462,7 @@ def test_what_drafting_cannot_do_is_named(often, options, message):
 def test_a_cache_that_cannot_roll_back_is_named(often):
     cache = HybridCache(often.config, max_rollback=2)
     with pytest.raises(ValueError, match="can roll back 3 tokens, got max_rollback=2"):
-        generate(often, token_ids(1, 9), use_mtp=True, past_key_values=cache)
+        generate(often, token_ids(1, 9), use_mtp=True, cache=cache)
 
 
 def test_depth_without_drafting_and_heads_that_are_not_there_are_named(often):

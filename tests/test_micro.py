@@ -99,11 +99,11 @@ def test_sliding_layers_keep_one_window_of_a_text_of_sixteen(model, processor):
     held = []
     with torch.no_grad():
         for start, end in ((0, 2 * window), (2 * window, ids.shape[1] - 1)):
-            model(ids[:, start:end], past_key_values=cache)
+            model(ids[:, start:end], cache=cache)
             held.append(cache.nbytes())
     assert held[1]["sliding_attention"] == held[0]["sliding_attention"]
     assert held[1]["full_attention"] > 2 * held[0]["full_attention"]
-    cached = model.generate(**inputs, past_key_values=cache, **GREEDY)
+    cached = model.generate(**inputs, cache=cache, **GREEDY)
     assert is_right(asked, processor.parse_response(cached[0, ids.shape[1] :]))
     assert torch.equal(cached, model.generate(**inputs, **GREEDY, use_cache=False))
 

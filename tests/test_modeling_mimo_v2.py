@@ -169,8 +169,8 @@ def test_cached_and_chunked_equal_the_full_forward(model, full, chunks, cache, i
     model.set_attn_implementation(implementation)
     past, parts = caches(model.config)[cache], []
     for part in token_ids()[:, : sum(chunks)].split(chunks, dim=1):
-        output = model(part, past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        output = model(part, cache=past, use_cache=True)
+        past = output.cache
         parts.append(output.logits)
     assert_near(torch.cat(parts, dim=1), full[:, : sum(chunks)])
     assert past.get_seq_length() == sum(chunks)
@@ -179,14 +179,14 @@ def test_cached_and_chunked_equal_the_full_forward(model, full, chunks, cache, i
 @torch.no_grad()
 def test_a_transformers_cache_without_config_keeps_all_keys_and_is_right_too(model, full):
     past = DynamicCache()
-    parts = [model(part, past_key_values=past).logits for part in token_ids().split([20, 29, 1], dim=1)]
+    parts = [model(part, cache=past).logits for part in token_ids().split([20, 29, 1], dim=1)]
     assert_near(torch.cat(parts, dim=1), full)
 
 
 @torch.no_grad()
 def test_no_cache_is_made_unless_asked_for(model):
-    assert model(token_ids(), use_cache=False).past_key_values is None
-    assert isinstance(model(token_ids(), use_cache=True).past_key_values, HybridCache)
+    assert model(token_ids(), use_cache=False).cache is None
+    assert isinstance(model(token_ids(), use_cache=True).cache, HybridCache)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -220,7 +220,7 @@ def test_rows_padded_differently_with_a_cache_in_chunks(model, full):
             padded[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[:, start:stop],
-            past_key_values=past,
+            cache=past,
         )
         parts.append(output.logits)
     logits = torch.cat(parts, dim=1)
@@ -287,13 +287,13 @@ def greedy(model):
 
 GENERATION = {
     "default": lambda config: {},
-    "hybrid": lambda config: {"past_key_values": HybridCache(config)},
-    "hybrid_offloaded": lambda config: {"past_key_values": HybridCache(config, offload_global=True)},
-    "dynamic": lambda config: {"past_key_values": DynamicCache(config=config)},
+    "hybrid": lambda config: {"cache": HybridCache(config)},
+    "hybrid_offloaded": lambda config: {"cache": HybridCache(config, offload_global=True)},
+    "dynamic": lambda config: {"cache": DynamicCache(config=config)},
     "dynamic_by_name": lambda config: {"cache_implementation": "dynamic"},
     "static": lambda config: {"cache_implementation": "static"},
     "prefill_chunks": lambda config: {"prefill_chunk_size": 6},
-    "prefill_chunks_dynamic": lambda config: {"prefill_chunk_size": 6, "past_key_values": DynamicCache(config=config)},
+    "prefill_chunks_dynamic": lambda config: {"prefill_chunk_size": 6, "cache": DynamicCache(config=config)},
 }
 
 
@@ -308,12 +308,10 @@ def test_greedy_tokens_do_not_depend_on_the_cache(model, greedy, way, implementa
 
 def test_generate_makes_a_hybrid_cache(model, greedy):
     output = model.generate(greedy[0], return_dict_in_generate=True, **GREEDY)
-    assert isinstance(output.past_key_values, HybridCache)
-    assert output.past_key_values.layers[1].keys.shape[2] < 21 + GREEDY["max_new_tokens"] + WINDOW
+    assert isinstance(output.cache, HybridCache)
+    assert output.cache.layers[1].keys.shape[2] < 21 + GREEDY["max_new_tokens"] + WINDOW
     assert not isinstance(
-        model.generate(
-            greedy[0], return_dict_in_generate=True, cache_implementation="static", **GREEDY
-        ).past_key_values,
+        model.generate(greedy[0], return_dict_in_generate=True, cache_implementation="static", **GREEDY).cache,
         HybridCache,
     )
 
@@ -333,8 +331,8 @@ def test_generate_with_left_padding_equals_no_padding(model, greedy):
 @pytest.mark.parametrize("beams", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 def test_beam_search_equals_dynamic_cache(model, greedy, beams):
     options = {**GREEDY, **beams, "max_new_tokens": 10}
-    expected = model.generate(greedy[0], past_key_values=DynamicCache(config=model.config), **options)
-    assert torch.equal(model.generate(greedy[0], past_key_values=HybridCache(model.config), **options), expected)
+    expected = model.generate(greedy[0], cache=DynamicCache(config=model.config), **options)
+    assert torch.equal(model.generate(greedy[0], cache=HybridCache(model.config), **options), expected)
     assert torch.equal(model.generate(greedy[0], **options), expected)
 
 
@@ -356,7 +354,7 @@ def test_an_assistant_model_equals_greedy(model, greedy):
 def test_several_calls_on_one_cache_equal_one_call_on_the_concatenation(model, kind):
     cache, text = caches(model.config)[kind], token_ids(1, 11)
     for turn in range(3):
-        with_cache = model.generate(text, past_key_values=cache, **GREEDY)
+        with_cache = model.generate(text, cache=cache, **GREEDY)
         assert torch.equal(with_cache, model.generate(text, use_cache=False, **GREEDY))
         text = torch.cat([with_cache, token_ids(1, 7, seed=turn + 10)], dim=1)
 
@@ -370,26 +368,26 @@ def test_generate_from_embeddings_equals_generate_from_ids(model, greedy):
 @torch.no_grad()
 def test_snapshot_restore_and_fork_equal_recomputing(model, full):
     ids, cache = token_ids(), HybridCache(model.config)
-    model(ids[:, :20], past_key_values=cache)
+    model(ids[:, :20], cache=cache)
     snapshot, fork = cache.snapshot(), cache.fork()
     other = token_ids(seed=9)[:, :15]
     expected_other = model(torch.cat([ids[:, :20], other], dim=1)).logits[:, 20:]
-    assert_near(model(other, past_key_values=cache).logits, expected_other)
+    assert_near(model(other, cache=cache).logits, expected_other)
     # the branches do not see each other
-    assert_near(model(ids[:, 20:], past_key_values=fork).logits, full[:, 20:])
+    assert_near(model(ids[:, 20:], cache=fork).logits, full[:, 20:])
     for _ in range(2):
         cache.restore(snapshot)
-        parts = [model(part, past_key_values=cache).logits for part in ids[:, 20:].split([1, 14, 15], dim=1)]
+        parts = [model(part, cache=cache).logits for part in ids[:, 20:].split([1, 14, 15], dim=1)]
         assert_near(torch.cat(parts, dim=1), full[:, 20:])
 
 
 @torch.no_grad()
 def test_rollback_in_the_model_equals_never_drafted(model, full):
     ids, cache = token_ids(), HybridCache(model.config, max_rollback=4)
-    model(ids[:, :20], past_key_values=cache)
+    model(ids[:, :20], cache=cache)
     for position in range(20, 30):
         step = torch.cat([ids[:, position : position + 1], token_ids(2, 4, seed=position)], dim=1)
-        assert_near(model(step, past_key_values=cache).logits[:, 0], full[:, position])
+        assert_near(model(step, cache=cache).logits[:, 0], full[:, position])
         cache.crop(-4)
 
 
@@ -476,9 +474,9 @@ def test_a_mask_of_another_shape_is_refused(small, shape):
 
 def test_a_mask_that_forgets_the_cached_tokens_is_refused(small):
     cache = HybridCache(small.config)
-    small(token_ids(), past_key_values=cache)
+    small(token_ids(), cache=cache)
     with pytest.raises(ValueError, match=r"`attention_mask`: expected .*\[2, 51\], got \[2, 1\]"):
-        small(token_ids(2, 1), past_key_values=cache, attention_mask=torch.ones(2, 1, dtype=torch.long))
+        small(token_ids(2, 1), cache=cache, attention_mask=torch.ones(2, 1, dtype=torch.long))
 
 
 def test_a_context_beyond_the_positions_is_refused():
@@ -488,9 +486,9 @@ def test_a_context_beyond_the_positions_is_refused():
         with pytest.raises(ValueError, match=r"max_position_embeddings=16 tokens, got 0 cached \+ 17 new"):
             model(token_ids(1, 17))
         cache = HybridCache(model.config)
-        model(token_ids(1, 14), past_key_values=cache)
+        model(token_ids(1, 14), cache=cache)
         with pytest.raises(ValueError, match=r"max_position_embeddings=16 tokens, got 14 cached \+ 3 new"):
-            model(token_ids(1, 3), past_key_values=cache)
+            model(token_ids(1, 3), cache=cache)
         # refused before anything was stored
         assert cache.get_seq_length() == 14
 
@@ -499,7 +497,7 @@ def test_a_cache_of_another_config_is_refused(small):
     for change in ({"sliding_window": 9, "sliding_window_size": 9}, {"swa_rope_theta": 20000}):
         cache = HybridCache(tiny_config(**{**SMALL, **change}))
         with pytest.raises(ValueError, match="HybridCache was made for another config: "):
-            small(token_ids(), past_key_values=cache)
+            small(token_ids(), cache=cache)
 
 
 # Training ---------------------------------------------------------------------------------------------------------

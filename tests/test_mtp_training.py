@@ -208,8 +208,8 @@ def test_what_cannot_be_trained_is_named(scene):
         model.replicate_mtp_head(0)
     cache = HybridCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="`past_key_values`: expected none with `mtp_loss_weight`, got 9 cached"):
-        model(ids, labels=ids, past_key_values=cache, mtp_loss_weight=1.0)
+        model(ids, cache=cache, use_cache=True)
+    with pytest.raises(ValueError, match="`cache`: expected none with `mtp_loss_weight`, got 9 cached"):
+        model(ids, labels=ids, cache=cache, mtp_loss_weight=1.0)
     with pytest.raises(ValueError, match=r"`mtp_loss_weight`: expected at least 0, got -0\.5"):
         tiny_model(**SMALL, mtp_loss_weight=-0.5)

@@ -133,11 +133,11 @@ def test_a_second_turn_encodes_only_its_own_media(model, encoded):
     second = (*first, 2, ("image", 1, 2, 4), 2, ("video", 2, 2, 2), 4)
     cache = HybridCache(model.config)
     with torch.no_grad():
-        model(**media_prompt(*first), past_key_values=cache, use_cache=True)
+        model(**media_prompt(*first), cache=cache, use_cache=True)
     inputs = media_prompt(*second)
     expected = greedy(model, inputs)
     encoded.clear()
-    assert greedy(model, inputs, past_key_values=cache).tolist() == expected.tolist()
+    assert greedy(model, inputs, cache=cache).tolist() == expected.tolist()
     assert encoded == [[[1, 2, 4]], [[2, 2, 2]]]
 
 
@@ -146,12 +146,12 @@ def test_a_second_turn_may_bring_media_of_another_kind_or_none(model, encoded, c
     turns = [(5, ("image", 1, 4, 6), 3), (2, ("video", 2, 2, 2), 1), (4,)]
     cache = HybridCache(model.config)
     with torch.no_grad():
-        model(**media_prompt(*turns[0]), past_key_values=cache, use_cache=True)
+        model(**media_prompt(*turns[0]), cache=cache, use_cache=True)
     for number, grids in ((2, [[[2, 2, 2]]]), (3, [])):
         inputs = media_prompt(*(segment for turn in turns[:number] for segment in turn))
         expected = greedy(model, inputs)
         encoded.clear()
-        got = greedy(model, inputs, past_key_values=cache, prefill_chunk_size=chunk)
+        got = greedy(model, inputs, cache=cache, prefill_chunk_size=chunk)
         assert got.tolist() == expected.tolist()
         assert encoded == grids
         # back to the end of the prompt: the next turn goes on from there
@@ -169,12 +169,12 @@ def test_a_cache_may_end_inside_an_image(model, encoded, length):
     with torch.no_grad():
         model(
             start["input_ids"][:, :length],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             mm_encoder_outputs={"image": features},
         )
     encoded.clear()
-    assert greedy(model, inputs, past_key_values=cache).tolist() == expected.tolist()
+    assert greedy(model, inputs, cache=cache).tolist() == expected.tolist()
     images = [[1, 4, 6], [1, 2, 2]] if length < 12 else [[1, 2, 2]]
     assert encoded == [images, [[3, 2, 4]]]
 
@@ -184,7 +184,7 @@ def test_new_tokens_alone_bring_their_own_media(model, encoded):
     expected = greedy(model, whole)
     first = media_prompt(5, ("image", 1, 4, 6), 3)
     with torch.no_grad():
-        model(**first, past_key_values=cache, use_cache=True)
+        model(**first, cache=cache, use_cache=True)
     new = {
         "input_ids": whole["input_ids"][:, first["input_ids"].shape[1] :],
         "attention_mask": torch.ones_like(whole["input_ids"]),
@@ -192,7 +192,7 @@ def test_new_tokens_alone_bring_their_own_media(model, encoded):
         "image_grid_thw": whole["image_grid_thw"][1:],
     }
     encoded.clear()
-    assert greedy(model, new, past_key_values=cache)[:, -6:].tolist() == expected[:, -6:].tolist()
+    assert greedy(model, new, cache=cache)[:, -6:].tolist() == expected[:, -6:].tolist()
     assert encoded == [[[1, 2, 4]]]
 
 
@@ -264,9 +264,9 @@ def test_media_without_placeholders_are_refused(model):
 def test_new_placeholders_after_a_cache_need_media(model):
     cache, inputs = HybridCache(model.config), media_prompt(5, ("image", 1, 2, 4), 3)
     with torch.no_grad():
-        model(inputs["input_ids"][:, :4], past_key_values=cache, use_cache=True)
+        model(inputs["input_ids"][:, :4], cache=cache, use_cache=True)
     with pytest.raises(ValueError, match=r"expected 2 features, one per image placeholder in `input_ids`, got 0"):
-        greedy(model, {"input_ids": inputs["input_ids"]}, past_key_values=cache)
+        greedy(model, {"input_ids": inputs["input_ids"]}, cache=cache)
 
 
 def test_media_need_input_ids(model):
@@ -280,8 +280,8 @@ def test_a_model_may_write_a_placeholder_token(model):
     inputs = media_prompt(5, ("image", 1, 2, 4), 3)
     cache = HybridCache(model.config)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
-        logits = model(torch.tensor([[IMAGE_ID]]), past_key_values=cache, use_cache=True).logits
+        model(**inputs, cache=cache, use_cache=True)
+        logits = model(torch.tensor([[IMAGE_ID]]), cache=cache, use_cache=True).logits
     assert logits.isfinite().all()
 
 
@@ -443,12 +443,12 @@ def test_each_turn_hears_only_what_is_new(omni, heard, chunk):
     turns = [(5, ("audio", 10), 3), (2, ("image", 1, 2, 4), ("audio", 3), 1), (4,), (("audio", 4), ("audio", 8), 2)]
     cache = HybridCache(omni.config)
     with torch.no_grad():
-        omni(**media_prompt(*turns[0]), past_key_values=cache, use_cache=True)
+        omni(**media_prompt(*turns[0]), cache=cache, use_cache=True)
     for number, groups in ((2, [1]), (3, []), (4, [3])):
         inputs = media_prompt(*(segment for turn in turns[:number] for segment in turn))
         expected = greedy(omni, inputs)
         heard.clear()
-        assert greedy(omni, inputs, past_key_values=cache, prefill_chunk_size=chunk).tolist() == expected.tolist()
+        assert greedy(omni, inputs, cache=cache, prefill_chunk_size=chunk).tolist() == expected.tolist()
         assert heard == groups
         # back to the end of the prompt: the next turn goes on from there
         cache.crop(inputs["input_ids"].shape[1] - cache.get_seq_length())
@@ -463,9 +463,9 @@ def test_drafts_go_on_from_everything_seen_and_heard(omni, heard):
     assert sum(output.mtp_stats.proposed) > 0
     cache = HybridCache(omni.config)
     first, second = (5, ("audio", 10), 3), (5, ("audio", 10), 3, ("image", 1, 2, 4), ("audio", 3), 1)
-    greedy(omni, media_prompt(*first), 1, past_key_values=cache, use_mtp=True)
+    greedy(omni, media_prompt(*first), 1, cache=cache, use_mtp=True)
     inputs, heard[:] = media_prompt(*second), []
-    assert greedy(omni, inputs, past_key_values=cache, use_mtp=True).tolist() == greedy(omni, inputs).tolist()
+    assert greedy(omni, inputs, cache=cache, use_mtp=True).tolist() == greedy(omni, inputs).tolist()
     assert heard[0] == 1
 
 
@@ -476,9 +476,9 @@ def test_beams_go_on_from_a_cache(omni, heard):
     cache = HybridCache(omni.config)
     start = media_prompt(*first)
     with torch.no_grad():
-        omni(**batched(start, start), past_key_values=cache, use_cache=True)
+        omni(**batched(start, start), cache=cache, use_cache=True)
     heard.clear()
-    assert greedy(omni, inputs, num_beams=2, past_key_values=cache).tolist() == expected.tolist()
+    assert greedy(omni, inputs, num_beams=2, cache=cache).tolist() == expected.tolist()
     assert heard == [2]
 
 
@@ -491,9 +491,9 @@ def test_a_cache_may_end_inside_an_audio(omni, heard, length):
     cache = HybridCache(omni.config)
     start = inputs["input_ids"][:, :length]
     with torch.no_grad():
-        omni(start, past_key_values=cache, use_cache=True, mm_encoder_outputs={"audio": features})
+        omni(start, cache=cache, use_cache=True, mm_encoder_outputs={"audio": features})
     heard.clear()
-    assert greedy(omni, inputs, past_key_values=cache).tolist() == expected.tolist()
+    assert greedy(omni, inputs, cache=cache).tolist() == expected.tolist()
     assert heard == [5]
 
 

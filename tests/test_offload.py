@@ -297,14 +297,14 @@ def test_generation_is_the_same(checkpoints, dequantize, placement):
     model = load(folder, dequantize, dtype=torch.float32, device_map=device_map)
     prompt = {"input_ids": token_ids(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     prompt["attention_mask"][0, :3] = 0
-    for options in ({}, {"use_mtp": True}, {"past_key_values": HybridCache}):
+    for options in ({}, {"use_mtp": True}, {"cache": HybridCache}):
         results = []
         for one in (model, whole):
             arguments = {key: value(one.config) if value is HybridCache else value for key, value in options.items()}
             arguments |= {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             results.append(one.generate(**prompt, **arguments, return_dict_in_generate=True))
         assert torch.equal(*(result.sequences for result in results))
-        cache = results[0].past_key_values
+        cache = results[0].cache
         assert {buffer.device.type for layer in cache.layers for buffer in layer.buffers} == {"cpu"}
 
 

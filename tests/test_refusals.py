@@ -32,7 +32,7 @@ def generate(model, **options):
 def used(cache, model):
     """`cache` with 12 tokens in it."""
     with torch.no_grad():
-        model(token_ids(1, 12), past_key_values=cache)
+        model(token_ids(1, 12), cache=cache)
     return cache
 
 
@@ -47,7 +47,7 @@ REFUSED = {
         "expected a HybridCache that can roll back 3 tokens, got StaticCache",
     ),
     "Transformers' cache with MTP": (
-        lambda model: generate(model, use_mtp=True, past_key_values=DynamicCache(config=model.config)),
+        lambda model: generate(model, use_mtp=True, cache=DynamicCache(config=model.config)),
         "expected a HybridCache that can roll back 3 tokens, got DynamicCache",
     ),
     "beams with MTP": (lambda model: generate(model, use_mtp=True, num_beams=2), "expected 1 with `use_mtp`"),
@@ -81,20 +81,18 @@ REFUSED = {
     ),
     "an assistant on a used cache": (
         lambda model: generate(
-            model, assistant_model=tiny_model(seed=5, **SMALL), past_key_values=used(HybridCache(model.config), model)
+            model, assistant_model=tiny_model(seed=5, **SMALL), cache=used(HybridCache(model.config), model)
         ),
         "expected an empty cache .* got 12 tokens, .* `use_mtp=True` goes on from a cache",
     ),
     "prompt lookup on a used cache": (
         lambda model: generate(
-            model, prompt_lookup_num_tokens=3, past_key_values=used(DynamicCache(config=model.config), model)
+            model, prompt_lookup_num_tokens=3, cache=used(DynamicCache(config=model.config), model)
         ),
         "expected an empty cache .* got 12 tokens, .* `use_mtp=True` goes on from a cache",
     ),
     "more lookups than can be taken back": (
-        lambda model: generate(
-            model, prompt_lookup_num_tokens=9, past_key_values=HybridCache(model.config, max_rollback=8)
-        ),
+        lambda model: generate(model, prompt_lookup_num_tokens=9, cache=HybridCache(model.config, max_rollback=8)),
         "`max_rollback` of at least 9, got 8",
     ),
     "prompt lookup in a static cache": (
@@ -102,7 +100,7 @@ REFUSED = {
         "expected none with `assistant_model` or `prompt_lookup_num_tokens`",
     ),
     "prompt lookup in the user's static cache": (
-        lambda model: generate(model, prompt_lookup_num_tokens=3, past_key_values=static_cache(model)),
+        lambda model: generate(model, prompt_lookup_num_tokens=3, cache=static_cache(model)),
         "expected none with `assistant_model` or `prompt_lookup_num_tokens`",
     ),
     "early exit": (
