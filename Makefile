@@ -3,6 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
+# the oldest line of Transformers that setup.cfg allows has an environment of its own
+OLDEST := .venv-oldest
+# what touches Transformers: loading, cache, generation, MTP, pipelines, server, Trainer, export
+TOUCHES_TRANSFORMERS := $(addprefix tests/test_,adapters.py bitsandbytes.py cache_mimo_v2.py cli_serve.py compile.py \
+  export_code.py fp8.py generation_mtp_mimo_v2.py loading.py micro.py modeling_mimo_v2.py modeling_mimo_v2_mtp.py \
+  mtp_training.py multimodal.py offload.py parallel.py pipelines.py refusals.py structure.py switches.py \
+  training_lora.py training_trainer.py training_trl.py versions.py)
+
 # where `make micro` keeps its stages; each is made once, a stopped one goes on where it was
 RUNS := build/micro
 RECIPE := examples/micro
@@ -10,14 +18,23 @@ RECIPE := examples/micro
 PROCESSES := 2
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES)
 
-.PHONY: demo test check bench upstream style micro
+PYTEST := python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test test-oldest test-oldest-touched check bench upstream style micro
 
 demo: $(READY)
 	$(BIN)/mimo demo --image examples/media/chart.png --video examples/media/clip.mp4 \
 	  --video examples/media/clip_with_sound.mp4 --audio examples/media/speech.wav --audio examples/media/sweep.ogg
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
+
+test-oldest: $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(PYTEST)
+
+# the part of `make test-oldest` that CI runs
+test-oldest-touched: $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(PYTEST) $(TOUCHES_TRANSFORMERS)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -58,9 +75,12 @@ style: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $(READY)
+$(READY): constraints.txt
+$(OLDEST)/ready: constraints-oldest.txt
+
+.venv/ready .venv-oldest/ready: %/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) torch
+	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[dev]"
+	touch $@

@@ -35,7 +35,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mimo", description="Tools for MiMo-V2 checkpoints.")
-    parser.add_argument("--version", action="version", version=f"mimo {version('modeling-mimo')}")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    parser.add_argument("--version", action="version", version=f"mimo {version('modeling-mimo')} ({versions})")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
     for name in SUBCOMMANDS:
         module = import_module(f"{__package__}.{name}")

@@ -1,5 +1,10 @@
 """Hugging Face Transformers models of Xiaomi's MiMo-V2 family. Importing this package registers them."""
 
+# isort: off
+# first, so that a line of Transformers that is not supported is named before anything fails on it
+from .versions_mimo_v2 import __version__
+
+# isort: on
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -35,4 +40,12 @@ route_auto_processor()
 route_any_to_any()
 
 
-__all__ = ["HybridCache", "MiMoV2Config", "MiMoV2FP8Config", "MiMoV2ForCausalLM", "MiMoV2Model", "micro"]
+__all__ = [
+    "HybridCache",
+    "MiMoV2Config",
+    "MiMoV2FP8Config",
+    "MiMoV2ForCausalLM",
+    "MiMoV2Model",
+    "__version__",
+    "micro",
+]

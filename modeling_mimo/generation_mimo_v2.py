@@ -14,6 +14,7 @@
 """What `generate` needs to know about MiMo-V2: its cache, its masks, and media that are encoded once."""
 
 import copy
+import functools
 import inspect
 import itertools
 from functools import partial
@@ -172,6 +173,12 @@ class MiMoV2GenerationMixin(GenerationMixin):
                 raise ValueError(f"`{name}`: expected nothing beside `use_mtp`, got both.")
         decoding = partial(mtp_decoding, mtp_depth=self.config.num_mtp_layers if mtp_depth is None else mtp_depth)
         return super().generate(inputs, generation_config, *args, custom_generate=decoding, **kwargs)
+
+    # its signature says which arguments `generate` takes
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, tokenizer=None, **kwargs):
+        # what stop strings were made of; Transformers hands it on to `forward`
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
         functions = (self.forward, self.prepare_inputs_for_generation)

@@ -133,7 +133,7 @@ def test_what_is_captured_is_the_trunks_alone(scene):
 def test_heads_learn_alone_on_a_frozen_trunk(checkpointing):
     model, ids = tiny_model(**SMALL).train(), token_ids(4, LENGTH)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     model.requires_grad_(False)
     model.model.mtp.requires_grad_(True)
     trunk = {name: weight.clone() for name, weight in model.named_parameters() if ".mtp." not in name}
