@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_mimo_v2_audio import MiMoV2AudioConfig
 from .modeling_mimo_v2_base import MiMoV2MLP, MiMoV2RMSNorm, apply_rotary_, attend
+from .unknown_names_mimo_v2 import refuses_unknown_names
 
 
 # groups of one step: an hour of audio has 22,500, whose MLP states alone would take 1.5 GB in bfloat16
@@ -188,6 +189,7 @@ class MiMoV2AudioEncoder(nn.Module):
             start += length
         return audio_codes[torch.cat(frames)].long().unflatten(0, (-1, size))
 
+    @refuses_unknown_names()
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """[groups, frames of a group, hidden] -> [groups, out_hidden_size]."""
         return self.projection(self.input_local_transformer(embeddings).flatten(1))

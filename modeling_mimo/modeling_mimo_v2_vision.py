@@ -29,6 +29,7 @@ from .modeling_mimo_v2_base import (
     attend,
     window_attention,
 )
+from .unknown_names_mimo_v2 import refuses_unknown_names
 
 
 class PatchLayout(NamedTuple):
@@ -235,6 +236,7 @@ class MiMoV2VisionModel(nn.Module):
         if (patches := int(grid_thw.prod(-1).sum())) != len(pixel_values):
             raise ValueError(f"`pixel_values`: expected {patches} patches for `grid_thw`, got {len(pixel_values)}.")
 
+    @refuses_unknown_names()
     def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """
         Args:

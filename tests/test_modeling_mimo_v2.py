@@ -578,6 +578,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(small):
         assert_near(got[name], gradient, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_gradient_checkpointing_leaves_a_cache_empty(small, name):
+    """Layers that run twice would append twice, and attention see every token twice in the second run."""
+    expected = gradients(small, input_ids=token_ids())
+    small.activation_checkpointing_enable()
+    cache = HybridCache(small.config)
+    got = gradients(small, input_ids=token_ids(), **{name: cache})
+    assert cache.get_seq_length() == 0
+    for key, gradient in expected.items():
+        assert_near(got[key], gradient, 1e-6)
+    with torch.no_grad():
+        small(token_ids(), **{name: cache})
+    assert cache.get_seq_length() == token_ids().shape[1]
+    with pytest.raises(ValueError, match=r"`cache`: expected none in gradient checkpointing, got \d+ cached tokens"):
+        small(token_ids(), **{name: cache})
+
+
 def test_a_few_steps_of_training_lower_the_loss(small):
     optimizer = torch.optim.AdamW(small.parameters(), lr=3e-3)
     losses = []

@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
+from modeling_mimo import HybridCache
 from modeling_mimo.conversion.random_checkpoint import write_random_checkpoint
 from modeling_mimo.pipelines_mimo_v2 import MiMoV2AnyToAnyPipeline
 
@@ -111,6 +112,20 @@ def test_answers_are_those_of_processor_and_generate(pipe, loaded, task, kind):
         text=CHATS[kind], return_full_text=False, generate_kwargs={"use_mtp": True, "max_new_tokens": TOKENS}
     )
     assert drafted[0]["generated_text"] == expected
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text", "text-generation"])
+def test_a_cache_is_taken_under_either_name(pipe, loaded, task, name):
+    kind = "text" if task == "text-generation" else "image"
+    cache = HybridCache(loaded[0].config)
+    options = {name: cache, "max_new_tokens": TOKENS}
+    if task == "text-generation":
+        (output,) = pipe(task)(CHATS[kind], return_full_text=False, **options)
+    else:
+        (output,) = pipe(task)(text=CHATS[kind], return_full_text=False, generate_kwargs=options)
+    assert output["generated_text"] == by_hand(*loaded, CHATS[kind])
+    assert cache.get_seq_length() > TOKENS
 
 
 def test_a_batch_may_mix_kinds_of_media(pipe, loaded):

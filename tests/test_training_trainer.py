@@ -100,6 +100,16 @@ def test_logged_losses_are_the_loss(folder, collator, tmp_path):
         assert steps(trainer, f"mtp_loss_{head + 1}")[0] == pytest.approx(float(loss) * targets / labels, abs=1e-3)
 
 
+def test_caches_stay_out_of_what_an_evaluation_gathers(folder, collator, tmp_path):
+    changes = {"use_cache": True, "eval_strategy": "no"}
+    trainer = MiMoV2Trainer(
+        load(folder), arguments(tmp_path, **changes), data_collator=collator, eval_dataset=conversations()
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    logits = trainer.predict(conversations()).predictions
+    assert logits.shape[0] == len(conversations())
+
+
 def test_accumulated_steps_are_those_of_the_whole_batch(folder, collator, tmp_path):
     """With the MTP heads, the router biases, and gradient checkpointing in one of the two."""
     models, callbacks = [], [RouterBiasCallback(0.01), RouterBiasCallback(0.01)]
