@@ -154,6 +154,7 @@ class OmniTester(TextTester):
             "get_video_features_attentions",
             "get_audio_features_hidden_states",
             "get_audio_features_attentions",
+            "multimodal_outputs_are_returned",
         ),
         "media need `input_ids`, whose placeholders say where they go": ("inputs_embeds",),
         "the mixin passes placeholders without their media; text runs it, tests/test_multimodal.py media": (
