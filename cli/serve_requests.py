@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_mimo.processors.chat_mimo_v2 import MEDIA_OPTIONS, with_mapped_arguments
+from modeling_mimo.messages_mimo_v2 import plain_message
+from modeling_mimo.processors.chat_mimo_v2 import MEDIA_KEYS, part_options, with_mapped_arguments
 from modeling_mimo.processors.response_parsing_mimo_v2 import parse_response
 
 
@@ -183,7 +184,8 @@ def chat_messages(body: Mapping[str, Any], policy: MediaPolicy, has_senses: bool
 
 
 def _message(message: Any, name: str, policy: MediaPolicy, has_senses: bool) -> dict[str, Any]:
-    role = message.get("role") if isinstance(message, dict) else None
+    message = plain_message(message, name)
+    role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{name}.role: expected one of {', '.join(ROLES)}, got {role!r}")
     content = message.get("content")
@@ -209,25 +211,29 @@ def _is_call(call: Any) -> bool:
     return isinstance(function.get("arguments"), (str, dict))
 
 
-def _part(part: Any, name: str, policy: MediaPolicy, has_senses: bool) -> dict[str, Any]:
+def _part(part: dict[str, Any], name: str, policy: MediaPolicy, has_senses: bool) -> dict[str, Any]:
     """A text, or `{"type": KIND, KIND: url, ...}` with the settings of the medium."""
-    form = part.get("type") if isinstance(part, dict) else None
+    form = part.get("type")
     if form == "text" and isinstance(part.get("text"), str):
+        part_options(part, "text", name)
         return {"type": "text", "text": part["text"]}
     if not isinstance(form, str) or form not in MEDIA_TYPES:
         raise ValueError(f"{name}.type: expected text or one of {', '.join(MEDIA_TYPES)}, got {form!r}")
     kind = MEDIA_TYPES[form]
     if not has_senses:
         raise ValueError(f"{name}: expected text, the served model neither sees nor hears, got {form}")
+    options = part_options(part, kind, name)
+    for key in MEDIA_KEYS[kind]:
+        if key in part and key != form:
+            raise ValueError(f"{name}.{key}: expected {form} alone, got {key} with it")
     value = part.get(form)
     if form == "input_audio" and isinstance(value, dict) and isinstance(value.get("data"), str):
         data = value["data"]
         url = data if data.startswith("data:") else f"data:audio/{value.get('format', 'wav')};base64,{data}"
     else:
         url = value.get("url") if isinstance(value, dict) else value
-    options = {key: part[key] for key in MEDIA_OPTIONS[kind] if part.get(key) is not None}
     for key, number in options.items():
-        if not _is_number(number):
+        if key != "detail" and not _is_number(number):
             raise ValueError(f"{name}.{key}: expected a number, got {number!r}")
     return {"type": kind, kind: policy.check(url, f"{name}.{form}"), **options}
 

@@ -2,19 +2,21 @@
 
     python -m modeling_mimo.conversion.export_code /models/MiMo-V2.5-bf16
 
-The files of `modeling_mimo/` and `processors/` import siblings alone, so a copy of them in one flat folder works as it
-is. What changes beside them is the `auto_map` of config.json and of the processor's files.
+The files of `modeling_mimo/` and `processors/` import siblings, and the latter files of the former as
+`modeling_mimo.NAME`, so a copy of them in one flat folder works once such a name is a sibling's. What changes beside
+them is the `auto_map` of config.json and of the processor's files.
 """
 
 import argparse
 import json
 import os
+import re
 import sys
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from modeling_mimo.checkpoint_mimo_v2 import read_json_object
@@ -41,6 +43,10 @@ PARTS_AUTO_MAP = {
     "feature_extractor": {"AutoFeatureExtractor": "processing_mimo_v2.MiMoV2FeatureExtractor"},
 }
 PROCESSOR_AUTO_MAP = {"AutoProcessor": f"processing_mimo_v2.{PROCESSOR_CLASS}"}
+
+# how a file of processors/ imports one of modeling_mimo/, and what is left then of imports of the package
+_FILE_OF_THE_PACKAGE = re.compile(rf"^from {PACKAGE}\.(\w+_mimo_v2) import", re.MULTILINE)
+_IMPORTS_PACKAGE = re.compile(rf"^\s*(?:from|import) {PACKAGE}\b", re.MULTILINE)
 
 # the only data that the sources read from the package; the export carries it as a literal instead
 _READS_TEMPLATE = (
@@ -76,25 +82,28 @@ def export_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def exported_sources(entries: list[str]) -> dict[str, str]:
-    """File name -> source of the named modules and of all that they import from their folder.
+    """File name -> source of the named modules and of all that they import from the package's flat folders.
 
     ValueError: one of them imports the package, which the reader of the export does not have.
     """
-    paths: set[Path] = set()
-    for entry in entries:
-        path = find_spec(entry).origin
-        paths |= {Path(path), *map(Path, get_relative_import_files(path))}
-    importing = sorted(path.name for path in paths if PACKAGE in get_imports(path))
-    if importing:
-        raise ValueError(f"{', '.join(importing)}: expected imports of siblings, got imports of {PACKAGE}")
     template = (resources.files(PACKAGE) / "data" / "chat_template.jinja").read_text(encoding="utf-8")
+    waiting = [find_spec(entry).origin for entry in entries]
     sources = {}
-    for path in sorted(paths):
+    while waiting:
+        path = Path(waiting.pop())
+        if path.name in sources:
+            continue
         source = path.read_text(encoding="utf-8")
+        waiting += get_relative_import_files(path)
+        waiting += [find_spec(f"{PACKAGE}.{name}").origin for name in _FILE_OF_THE_PACKAGE.findall(source)]
+        source = _FILE_OF_THE_PACKAGE.sub(r"from .\1 import", source)
         if _READS_TEMPLATE in source:
             source = source.replace("import importlib.resources\n", "").replace(_READS_TEMPLATE, repr(template))
         sources[path.name] = source
-    return sources
+    importing = sorted(name for name, source in sources.items() if _IMPORTS_PACKAGE.search(source))
+    if importing:
+        raise ValueError(f"{', '.join(importing)}: expected imports of siblings, got imports of {PACKAGE}")
+    return dict(sorted(sources.items()))
 
 
 def _processor_files(folder: Path) -> dict[str, dict]:

@@ -18,11 +18,12 @@ from transformers import AnyToAnyPipeline
 
 from .configuration_mimo_v2 import MiMoV2Config
 from .generation_mimo_v2 import MEDIA_INPUTS
+from .messages_mimo_v2 import plain_chats
 
 
 class MiMoV2AnyToAnyPipeline(AnyToAnyPipeline):
-    """As in Transformers, without torchvision, which MiMo's processor does not use; and a batch may mix conversations
-    with different kinds of media. A model of another family gets Transformers' own class."""
+    """As in Transformers, without torchvision, which MiMo's processor does not use; a batch may mix conversations with
+    different kinds of media, and messages may be objects. A model of another family gets Transformers' own class."""
 
     def __new__(cls, model, *args, **kwargs):
         if isinstance(model.config, MiMoV2Config):
@@ -33,6 +34,17 @@ class MiMoV2AnyToAnyPipeline(AnyToAnyPipeline):
     def __init__(self, *args, **kwargs):
         # past the __init__ of AnyToAnyPipeline, which only asks for torchvision
         super(AnyToAnyPipeline, self).__init__(*args, **kwargs)
+
+    def __call__(self, text=None, *args, **kwargs):
+        if isinstance(text, (list, tuple)):
+            rows = [row if isinstance(row, (list, tuple)) else [row] for row in text]
+            # Transformers' own takes mappings for messages, but only those of type dict
+            if not all(isinstance(message, (str, dict)) for row in rows for message in row):
+                chats, batched = plain_chats(text)
+                # which Transformers asks for
+                chats = [[{"content": "", **message} for message in chat] for chat in chats]
+                text = chats if batched else chats[0]
+        return super().__call__(text, *args, **kwargs)
 
     def preprocess(self, inputs=None, **kwargs):
         model_inputs = super().preprocess(inputs, **kwargs)

@@ -169,6 +169,10 @@ class Hearing:
             start, end = options.get("start"), options.get("end")
             check_times(start, end, name)
             if isinstance(item, Mapping) and "audio_codes" in item:
+                for option in options:
+                    raise ValueError(
+                        f"{name}: {option}: expected sound with it, got `audio_codes`, which are cut already"
+                    )
                 opened.append(checked_codes(item["audio_codes"], name))
             else:
                 rate = self.extractor.rate_of([item], options.get("sampling_rate", settings.get("sampling_rate")))

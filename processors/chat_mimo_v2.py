@@ -12,6 +12,9 @@ from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as TEXT_EN
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as TEXT_START
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from modeling_mimo.messages_mimo_v2 import message_name
+from modeling_mimo.unknown_names_mimo_v2 import unknown_name
+
 from .audio_files_mimo_v2 import flatten_audio
 from .media_loading_mimo_v2 import flatten_images, flatten_videos
 
@@ -24,10 +27,41 @@ MEDIA_KEYS = {
 }
 # settings that a part may carry for its own medium
 MEDIA_OPTIONS = {
-    "image": ("min_pixels", "max_pixels"),
-    "video": ("fps", "num_frames", "min_pixels", "max_pixels", "start", "end"),
+    "image": ("min_pixels", "max_pixels", "detail"),
+    "video": (
+        "fps",
+        "num_frames",
+        "min_frames",
+        "max_frames",
+        "min_pixels",
+        "max_pixels",
+        "total_max_pixels",
+        "start",
+        "end",
+    ),
     "audio": ("start", "end", "sampling_rate"),
 }
+# what Qwen's users call them
+OPTION_ALIASES = {
+    "image": {},
+    "video": {"nframes": "num_frames", "video_start": "start", "video_end": "end"},
+    "audio": {},
+}
+# a mapping in the place of a medium: key that holds it -> keys that may stand beside it. `format` and `path` say what
+# the medium says itself
+NESTED_KEYS = {
+    "image": {"url": ("detail",), "data": ("detail",)},
+    "audio": {"url": (), "data": ("format",), "array": ("sampling_rate", "path"), "audio_codes": ()},
+    "video": {"url": (), "data": ()},
+}
+DETAILS = ("auto", "low", "high", "original")
+# how OpenAI's and Anthropic's clients mark a prefix to be cached, which changes no answer
+CACHE_MARKS = ("cache_control", "prompt_cache_breakpoint")
+# names of Qwen's that have no equal here -> what to use
+_NO_EQUAL = dict.fromkeys(
+    ("resized_height", "resized_width"),
+    "expected `max_pixels` and `min_pixels`, bounds of height x width at the image's own aspect ratio, got a side",
+)
 _FLATTEN = {"image": flatten_images, "video": flatten_videos, "audio": flatten_audio}
 
 
@@ -42,15 +76,17 @@ class Media:
 def with_mapped_arguments(chats: Sequence[Sequence[dict]], batched: bool) -> list[list[dict]]:
     """`chats` with the arguments of each call as a mapping, which the chat template needs; OpenAI's are JSON text.
 
-    ValueError: arguments that are neither, named by their indices.
+    ValueError: arguments that are neither, or a call of nothing with a name, named by their indices.
     """
     mapped = []
     for row, chat in enumerate(chats):
         messages = []
         for index, message in enumerate(chat):
             calls = message.get("tool_calls")
-            if isinstance(calls, (list, tuple)):
-                name = f"{_message_name(row, index, batched)}.tool_calls"
+            if calls is not None:
+                name = f"{message_name(row, index, batched)}.tool_calls"
+                if not isinstance(calls, (list, tuple)):
+                    raise ValueError(f"{name}: expected a list of calls, got {type(calls).__name__}")
                 calls = [_with_mapped_arguments(call, f"{name}[{at}]") for at, call in enumerate(calls)]
                 message = {**message, "tool_calls": calls}
             messages.append(message)
@@ -58,39 +94,43 @@ def with_mapped_arguments(chats: Sequence[Sequence[dict]], batched: bool) -> lis
     return mapped
 
 
-def _with_mapped_arguments(call: Any, name: str) -> Any:
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
+def _with_mapped_arguments(call: Mapping, name: str) -> dict:
+    if "function" in call:
         return {**call, "function": _with_mapped_arguments(call["function"], name)}
-    arguments = call.get("arguments")
-    if not isinstance(arguments, str):
-        return call
-    with suppress(ValueError):
-        arguments = json.loads(arguments or "{}")
+    if not isinstance(call.get("name"), str):
+        raise ValueError(f"{name}: expected a function with a name, got {sorted(call)}")
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments or "{}")
     if not isinstance(arguments, dict):
         raise ValueError(f"{name}: expected arguments as a mapping or its JSON text, got {arguments!r}")
     return {**call, "arguments": arguments}
 
 
-def _message_name(row: int, index: int, batched: bool) -> str:
-    return f"messages[{row}][{index}]" if batched else f"messages[{index}]"
+def take_media(
+    chats: list[list[dict]], batched: bool, without_data: bool = False
+) -> tuple[list[list[dict]], dict[str, Media]]:
+    """Chats whose media parts only say their kind, and the media. `chats`, of `plain_chats`, stay as they are.
 
+    without_data: whether a medium may come without data, a placeholder for one that comes later.
 
-def take_media(chats: list[list[dict]], batched: bool) -> tuple[list[list[dict]], dict[str, Media]]:
-    """Chats whose media parts only say their kind, and the media. `chats` stay as they are.
-
-    ValueError: a part that is neither text nor a medium, or a medium without data.
+    ValueError: a message without a role, a part that is neither text nor a medium, a medium without data or with
+    more than one, a key of a part that nobody reads.
     """
     media = {kind: Media() for kind in MEDIA_OPTIONS}
     emptied = []
     for row, chat in enumerate(chats):
         messages = []
         for index, message in enumerate(chat):
-            name = _message_name(row, index, batched)
+            name = message_name(row, index, batched)
+            if not isinstance(message.get("role"), str):
+                raise ValueError(f"{name}.role: expected a text, got {type(message.get('role')).__name__}")
             content = message.get("content")
             if isinstance(content, (list, tuple)):
-                parts = [_take_part(part, f"{name}.content[{at}]", media) for at, part in enumerate(content)]
+                parts = [
+                    _take_part(part, f"{name}.content[{at}]", media, without_data) for at, part in enumerate(content)
+                ]
                 message = {**message, "content": parts}
             elif not isinstance(content, (str, type(None))):
                 raise ValueError(f"{name}.content: expected a text or a list of parts, got {type(content).__name__}")
@@ -99,38 +139,89 @@ def take_media(chats: list[list[dict]], batched: bool) -> tuple[list[list[dict]]
     return emptied, media
 
 
-def _take_part(part: Any, name: str, media: dict[str, Media]) -> dict:
-    if not isinstance(part, Mapping):
-        raise ValueError(f"{name}: expected a mapping with a type, got {type(part).__name__}")
-    kind = _kind(part)
-    if kind is None:
-        if not isinstance(part.get("text"), str):
-            raise ValueError(
-                f"{name}: expected a text, an image, a video or audio, got {sorted(part)} of type {part.get('type')!r}"
-            )
-        return dict(part)
-    found = [part[key] for key in MEDIA_KEYS[kind] if part.get(key) is not None]
-    if len(found) != 1:
+def _take_part(part: Mapping, name: str, media: dict[str, Media], without_data: bool) -> dict:
+    kind = part_kind(part, name)
+    options = part_options(part, kind, name)
+    if kind == "text":
+        return {"type": "text", "text": part["text"]}
+    found = [key for key in MEDIA_KEYS[kind] if key in part]
+    if len(found) > 1 or not (found or without_data):
         keys = ", ".join(MEDIA_KEYS[kind])
         raise ValueError(f"{name}: expected one {kind} under one of {keys}, got {len(found)}")
-    item = found[0]
-    if isinstance(item, Mapping):
-        # of OpenAI: {"url": ...}, and sound in base64 as {"data": ..., "format": ...}
-        item = next((item[key] for key in ("url", "data") if key in item), item)
-    items = _FLATTEN[kind](item)
-    if len(items) != 1:
-        raise ValueError(f"{name}: expected one {kind}, got {len(items)}")
-    media[kind].items += items
-    media[kind].options.append({key: part[key] for key in MEDIA_OPTIONS[kind] if part.get(key) is not None})
+    for key in found:
+        item = part[key]
+        if isinstance(item, Mapping):
+            # of OpenAI: {"url": ...}, and sound in base64 as {"data": ..., "format": ...}
+            item = next((item[key] for key in ("url", "data") if key in item), item)
+        items = _FLATTEN[kind](item)
+        if len(items) != 1:
+            raise ValueError(f"{name}: expected one {kind}, got {len(items)}")
+        media[kind].items += items
+        media[kind].options.append(options)
     return {"type": kind}
 
 
-def _kind(part: Mapping) -> str | None:
-    """The medium that the chat template writes a placeholder for."""
-    for kind in MEDIA_KEYS:
-        if part.get("type") in (kind, f"{kind}_url", f"input_{kind}") or kind in part or f"{kind}_url" in part:
+def part_kind(part: Mapping, name: str) -> str:
+    """What a part of content is: "text", or a kind of medium. ValueError: neither."""
+    form = part.get("type")
+    for kind, keys in MEDIA_KEYS.items():
+        forms = (kind, f"{kind}_url", f"input_{kind}")
+        if form in forms or (form is None and any(key in part for key in (*forms, *keys[:2]))):
             return kind
-    return None
+    if isinstance(part.get("text"), str):
+        return "text"
+    known = {key for kind in ("text", *MEDIA_KEYS) for key in _known_keys(kind)}
+    for key in part:
+        if form in (None, "text") and key not in known:
+            raise ValueError(f"{name}: {unknown_name(str(key), known, 'a key of a part of content')}")
+    raise ValueError(f"{name}: expected a text, an image, a video or audio, got {sorted(part)} of type {form!r}")
+
+
+def _known_keys(kind: str) -> tuple[str, ...]:
+    if kind == "text":
+        return ("type", "text", *CACHE_MARKS)
+    return ("type", *MEDIA_KEYS[kind], *MEDIA_OPTIONS[kind], *OPTION_ALIASES[kind], *CACHE_MARKS)
+
+
+def part_options(part: Mapping, kind: str, name: str) -> dict[str, Any]:
+    """The settings that a part of content has for its medium, by the processor's names.
+
+    ValueError: a key that nobody reads, in the part or in a mapping in the place of its medium; a setting twice.
+    """
+    _check_keys(part, _known_keys(kind), name, f"a key of parts of type {kind}")
+    if kind == "text":
+        return {}
+    settings = [(f"{name}.{key}", OPTION_ALIASES[kind].get(key, key), value) for key, value in part.items()]
+    for key in MEDIA_KEYS[kind]:
+        item = part.get(key)
+        if isinstance(item, Mapping):
+            _check_nested(item, NESTED_KEYS[kind], f"{name}.{key}")
+            settings += [(f"{name}.{key}.detail", "detail", item["detail"])] if "detail" in item else []
+    options = {}
+    for place, option, value in settings:
+        if option in options:
+            raise ValueError(f"{place}: expected {option} once, got it twice")
+        if option == "detail" and value not in DETAILS:
+            raise ValueError(f"{place}: expected one of {', '.join(DETAILS)}, got {value!r}")
+        if option in MEDIA_OPTIONS[kind]:
+            options[option] = value
+    return options
+
+
+def _check_nested(item: Mapping, forms: dict[str, tuple[str, ...]], name: str) -> None:
+    _check_keys(item, {*forms, *(key for beside in forms.values() for key in beside)}, name, "a key of this mapping")
+    found = [key for key in forms if key in item]
+    if len(found) != 1:
+        raise ValueError(f"{name}: expected one of {', '.join(forms)}, got {', '.join(map(str, item)) or 'none'}")
+    _check_keys(item, (found[0], *forms[found[0]]), name, f"a key that stands beside `{found[0]}`")
+
+
+def _check_keys(found: Iterable, known: Iterable[str], name: str, what: str) -> None:
+    for key in found:
+        if key in _NO_EQUAL:
+            raise ValueError(f"{name}: `{key}`: {_NO_EQUAL[key]}")
+        if key not in known:
+            raise ValueError(f"{name}: {unknown_name(str(key), known, what)}")
 
 
 class ControlTokens:

@@ -25,6 +25,8 @@ from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 from transformers.utils import logging
 
+from modeling_mimo.unknown_names_mimo_v2 import unknown_name
+
 from .audio_files_mimo_v2 import Audio, flatten_audio, open_audio, resampled
 from .image_processing_mimo_v2 import ReleasedSettings
 from .media_loading_mimo_v2 import ARRAYS, TIMEOUT
@@ -76,6 +78,7 @@ class MiMoV2FeatureExtractor(ReleasedSettings, SequenceFeatureExtractor):
     """
 
     model_input_names = ["input_features", "feature_lengths", "segments_per_audio"]
+    call_arguments = ("audio", "sampling_rate", "start", "end", "return_tensors", "timeout")
 
     released_names = {
         "sampling_rate": "audio_sampling_rate",
@@ -123,14 +126,17 @@ class MiMoV2FeatureExtractor(ReleasedSettings, SequenceFeatureExtractor):
         """What it gets, which a call reads itself: pipelines would decode the whole of it, and lose its rate."""
         return audio_url_or_urls
 
+    @classmethod
+    def setting_names(cls) -> Iterable[str]:
+        return cls.released_names
+
     def settings(self, **changes) -> dict[str, Any]:
         """This extractor's settings with `changes`, of which None changes nothing. ValueError: not possible ones."""
         values = {name: vars(self)[name] for name in self.released_names}
         values |= {name: value for name, value in changes.items() if value is not None or name not in values}
         for name, value in values.items():
             if name not in self.released_names:
-                known = ", ".join(self.released_names)
-                raise ValueError(f"{name}: expected one of {known}, got an unknown name")
+                raise ValueError(unknown_name(name, self.released_names, "a setting of the feature extractor"))
             if name in ("fmin", "fmax"):
                 continue
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
@@ -152,6 +158,7 @@ class MiMoV2FeatureExtractor(ReleasedSettings, SequenceFeatureExtractor):
         end: float | None = None,
         return_tensors: str | None = None,
         timeout: float = TIMEOUT,
+        **kwargs,
     ) -> BatchFeature:
         r"""
         All segments of all audios, in memory. See `segments` for one after the other.
@@ -172,6 +179,8 @@ class MiMoV2FeatureExtractor(ReleasedSettings, SequenceFeatureExtractor):
         Raises:
             ValueError, OSError: an audio that cannot be used, by its index among all audios of the call.
         """
+        for name in kwargs:
+            raise ValueError(unknown_name(name, self.call_arguments, "an argument of the call"))
         items = flatten_audio(audio)
         if not items:
             raise ValueError("audio: expected at least one audio, got none")

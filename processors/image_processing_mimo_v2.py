@@ -26,6 +26,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput
 from transformers.utils import auto_docstring
 
+from modeling_mimo.unknown_names_mimo_v2 import unknown_name
+
+from .loading_arguments_mimo_v2 import check_loading_arguments
 from .media_loading_mimo_v2 import TIMEOUT, flatten_images, load_image
 
 
@@ -146,11 +149,14 @@ def _mixed(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndar
     return second
 
 
-def check_settings(settings: dict[str, Any], known: Iterable[str]) -> None:
-    """ValueError: an unknown name, a number that is not above 0, or bounds that contradict each other."""
+def check_settings(settings: dict[str, Any], known: Iterable[str], arguments: Iterable[str]) -> None:
+    """ValueError: an unknown name, a number that is not above 0, or bounds that contradict each other.
+
+    arguments: names of further arguments of the call, one of which an unknown name may be meant to be.
+    """
     for name, value in settings.items():
         if name not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got an unknown name")
+            raise ValueError(unknown_name(name, {*known, *arguments}, "a setting or an argument of the call"))
         if name in ("image_mean", "image_std"):
             if len(value) != CHANNELS:
                 raise ValueError(f"{name}: expected {CHANNELS} numbers, got {value}")
@@ -195,6 +201,8 @@ class ReleasedSettings:
 
     # setting -> its name in `processor_config`
     released_names: dict[str, str]
+    # arguments of a call that are no settings
+    call_arguments: tuple[str, ...] = ()
 
     @classmethod
     def from_processor_config(cls, processor_config: dict[str, Any]) -> "ReleasedSettings":
@@ -205,7 +213,8 @@ class ReleasedSettings:
     @classmethod
     def saved_or_released(cls, read: Callable, name_or_path: str | os.PathLike, kwargs: dict) -> tuple[dict, dict]:
         """Settings that `read`, Transformers' own reader, finds if our class saved them, else those of a release; and
-        the arguments that were not for finding them."""
+        the arguments that were not for finding them. ValueError: an argument that nobody reads."""
+        check_loading_arguments(kwargs, cls.setting_names())
         try:
             settings, unused = read(name_or_path, **kwargs)
             kinds = ("image_processor_type", "video_processor_type", "feature_extractor_type")
@@ -217,12 +226,16 @@ class ReleasedSettings:
         processor_config, unused = released_settings(name_or_path, kwargs)
         return cls.from_processor_config(processor_config).to_dict(), unused
 
+    @classmethod
+    def setting_names(cls) -> Iterable[str]:
+        return cls.valid_kwargs.__annotations__
+
     def settings(self, **changes) -> dict[str, Any]:
         """This processor's settings with `changes`, of which None changes nothing. ValueError: not possible ones."""
-        known = self.valid_kwargs.__annotations__
+        known = self.setting_names()
         values = {name: vars(self)[name] for name in known}
         values |= {name: value for name, value in changes.items() if value is not None or name not in known}
-        check_settings(values, known)
+        check_settings(values, known, self.call_arguments)
         return values
 
 
@@ -237,6 +250,7 @@ class ReleasedSettings:
 class MiMoV2ImageProcessor(ReleasedSettings, BaseImageProcessor):
     valid_kwargs = MiMoV2ImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
+    call_arguments = ("images", "return_tensors", "timeout")
 
     released_names = {
         "min_pixels": "image_min_pixels",

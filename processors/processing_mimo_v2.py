@@ -26,13 +26,17 @@ from transformers.utils import CONFIG_NAME, auto_docstring
 from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.video_utils import VideoInput
 
+from modeling_mimo.messages_mimo_v2 import plain_chats
+from modeling_mimo.unknown_names_mimo_v2 import unknown_name
+
 from .assistant_turns_mimo_v2 import assistant_masks
 from .audio_codes_mimo_v2 import AUDIO_TOKENIZER_FOLDER, HUB_KWARGS, AudioTokenizerSource, Hearing, audio_inputs
 from .audio_files_mimo_v2 import flatten_audio
-from .call_arguments_mimo_v2 import MiMoV2ProcessorKwargs, processed, sorted_kwargs
+from .call_arguments_mimo_v2 import MiMoV2ProcessorKwargs, names_of, processed, sorted_kwargs
 from .chat_mimo_v2 import Media, mark_chats, take_media, with_mapped_arguments
 from .feature_extraction_mimo_v2 import MiMoV2FeatureExtractor
 from .image_processing_mimo_v2 import MiMoV2ImageProcessor
+from .loading_arguments_mimo_v2 import TOKENIZER_ARGUMENTS, check_loading_arguments
 from .media_loading_mimo_v2 import TIMEOUT, flatten_images, flatten_videos
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizer
 from .placeholders_mimo_v2 import AUDIO, IMAGE, TOKENS, VIDEO, check_placeholders, expanded, placeholders
@@ -42,6 +46,11 @@ from .video_processing_mimo_v2 import MiMoV2VideoProcessor
 from .video_sound_mimo_v2 import Unit, video_text
 
 
+PARTS = {
+    "image_processor": MiMoV2ImageProcessor,
+    "video_processor": MiMoV2VideoProcessor,
+    "feature_extractor": MiMoV2FeatureExtractor,
+}
 # settings by the same name in the released `processor_config`
 RELEASED_KEYS = (
     "use_video_timestamps",
@@ -137,21 +146,20 @@ class MiMoV2Processor(ProcessorMixin):
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
         # Transformers' own check of a video processor needs torchvision
-        classes = {
-            "image_processor": MiMoV2ImageProcessor,
-            "video_processor": MiMoV2VideoProcessor,
-            "feature_extractor": MiMoV2FeatureExtractor,
-        }
-        if argument_name not in classes:
+        if argument_name not in PARTS:
             return super().check_argument_for_proper_class(argument_name, argument)
-        if not isinstance(argument, classes[argument_name]):
-            expected = classes[argument_name].__name__
+        if not isinstance(argument, PARTS[argument_name]):
+            expected = PARTS[argument_name].__name__
             raise TypeError(f"{argument_name}: expected a {expected}, got a {type(argument).__name__}")
-        return classes[argument_name]
+        return PARTS[argument_name]
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """What `save_pretrained` wrote, or the same made of the `processor_config` in `config` or config.json."""
+        """What `save_pretrained` wrote, or the same made of the `processor_config` in `config` or config.json.
+
+        ValueError: an argument that nobody reads.
+        """
+        check_loading_arguments(kwargs, {*_setting_names(), *names_of(cls.__init__), *TOKENIZER_ARGUMENTS})
         processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "image_processor" not in processor_dict:
             config = kwargs.get("config")
@@ -166,9 +174,7 @@ class MiMoV2Processor(ProcessorMixin):
                     "for text only; use AutoTokenizer"
                 )
             processor_dict |= {
-                "image_processor": MiMoV2ImageProcessor.from_processor_config(released).to_dict(),
-                "video_processor": MiMoV2VideoProcessor.from_processor_config(released).to_dict(),
-                "feature_extractor": MiMoV2FeatureExtractor.from_processor_config(released).to_dict(),
+                **{name: part.from_processor_config(released).to_dict() for name, part in PARTS.items()},
                 "token_ids": {name: released[name] for name in TOKENS if name in released},
                 **{name: released[name] for name in RELEASED_KEYS if name in released},
             }
@@ -181,9 +187,9 @@ class MiMoV2Processor(ProcessorMixin):
             if processor_dict.get("audio_codec_source") is None or own.missing_file(CONFIG_NAME) is None:
                 processor_dict["audio_codec_source"] = own
         # as of an image processor: AutoProcessor.from_pretrained(..., max_pixels=...)
-        for part in ("image_processor", "video_processor", "feature_extractor"):
-            known = processor_dict[part].keys() & unused.keys()
-            processor_dict[part] = {**processor_dict[part], **{name: unused[name] for name in known}}
+        for name, part in PARTS.items():
+            changes = {setting: unused[setting] for setting in part.setting_names() if setting in unused}
+            processor_dict[name] = {**processor_dict[name], **changes}
         return processor_dict, unused
 
     @staticmethod
@@ -195,11 +201,15 @@ class MiMoV2Processor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
         # Transformers' own would follow the released preprocessor_config.json, which names Qwen's classes
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
-        image_processor = MiMoV2ImageProcessor.from_dict(processor_dict["image_processor"])
-        video_processor = MiMoV2VideoProcessor.from_dict(processor_dict["video_processor"])
-        feature_extractor = MiMoV2FeatureExtractor.from_dict(processor_dict["feature_extractor"])
-        return [image_processor, tokenizer, video_processor, feature_extractor]
+        # the tokenizer would keep and save them
+        own = {*_setting_names(), *RELEASED_KEYS}
+        tokenizer = cls._load_tokenizer_from_pretrained(
+            "tokenizer",
+            pretrained_model_name_or_path,
+            **{name: value for name, value in kwargs.items() if name not in own},
+        )
+        image_processor, *others = (part.from_dict(processor_dict[name]) for name, part in PARTS.items())
+        return [image_processor, tokenizer, *others]
 
     @auto_docstring(
         custom_intro="""
@@ -245,7 +255,7 @@ class MiMoV2Processor(ProcessorMixin):
             "video": Media(flatten_videos(videos)),
             "audio": Media(flatten_audio(audio)),
         }
-        return self._inputs(text, media, use_audio_in_video, kwargs)
+        return self._inputs(text, media, use_audio_in_video, sorted_kwargs(kwargs, names_of(self.__call__)))
 
     def apply_chat_template(
         self,
@@ -280,30 +290,25 @@ class MiMoV2Processor(ProcessorMixin):
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask: expected tokenize=True and return_dict=True with it")
-        if not conversation:
-            raise ValueError("conversation: expected at least one message, got none")
-        batched = not isinstance(conversation[0], dict)
-        chats = with_mapped_arguments(conversation if batched else [conversation], batched)
-        names = _get_template_variables(self._resolve_chat_template(chat_template)) | {
-            "documents",
-            "add_generation_prompt",
-            "continue_final_message",
-        }
+        chats, batched = plain_chats(conversation)
+        names = _get_template_variables(self._resolve_chat_template(chat_template)) - {"messages"}
+        names |= {"add_generation_prompt", "continue_final_message"}
         variables = {name: value for name, value in kwargs.items() if name in names}
         processor_kwargs = {**(processor_kwargs or {}), **{n: v for n, v in kwargs.items() if n not in names}}
         use_sound = processor_kwargs.pop("use_audio_in_video", True if load_audio_from_video else None)
+        if tokenize and return_tensors is not None:
+            processor_kwargs["return_tensors"] = return_tensors
+        others = {*names, *names_of(self.apply_chat_template), "use_audio_in_video"}
+        by_taker = sorted_kwargs(processor_kwargs, others)
+        chats, media = take_media(with_mapped_arguments(chats, batched), batched, without_data=not tokenize)
         if not tokenize:
-            sorted_kwargs(processor_kwargs)
             texts = super().apply_chat_template(chats, chat_template, tools, **variables)
             return texts if batched else texts[0]
-        chats, media = take_media(chats, batched)
         if sanitize_control_tokens:
             chats, tools, variables = mark_chats(self.tokenizer, chats, tools, variables)
-            processor_kwargs["sanitize_control_tokens"] = True
-        if return_tensors is not None:
-            processor_kwargs["return_tensors"] = return_tensors
+            by_taker["text_kwargs"]["sanitize_control_tokens"] = True
         texts = super().apply_chat_template(chats, chat_template, tools, **variables)
-        inputs = self._inputs(texts, media, use_sound, processor_kwargs)
+        inputs = self._inputs(texts, media, use_sound, by_taker)
         if return_assistant_tokens_mask:
             inputs["assistant_masks"] = assistant_masks(self.tokenizer, inputs, variables)
         return inputs if return_dict else inputs["input_ids"]
@@ -354,7 +359,6 @@ class MiMoV2Processor(ProcessorMixin):
         return ([decoded], False) if isinstance(decoded, str) else (decoded, True)
 
     def _inputs(self, text, media: dict[str, Media], use_sound: bool | None, kwargs: dict) -> BatchFeature:
-        kwargs = sorted_kwargs(kwargs)
         if text is None and not any(kind.items for kind in media.values()):
             raise ValueError("text: expected a text, images, videos or audio, got nothing")
         texts = [text] if isinstance(text, str) else text
@@ -401,6 +405,7 @@ class MiMoV2Processor(ProcessorMixin):
         start: float | None = None,
         end: float | None = None,
         timeout: float = TIMEOUT,
+        **kwargs,
     ) -> list[torch.Tensor]:
         """Codes [code frames, 20] of each audio, to be kept and given back as `{"audio_codes": codes}`.
 
@@ -411,6 +416,8 @@ class MiMoV2Processor(ProcessorMixin):
         Raises:
             ValueError, OSError: as a call.
         """
+        for name in kwargs:
+            raise ValueError(unknown_name(name, names_of(self.get_audio_codes), "an argument of `get_audio_codes`"))
         options = {name: value for name, value in (("start", start), ("end", end)) if value is not None}
         items = flatten_audio(audio)
         media = Media(items, [options] * len(items))
@@ -437,6 +444,10 @@ class MiMoV2Processor(ProcessorMixin):
             video_text(units, height * width // merged, self.video_audio_interleave_length)
             for (_, height, width), units in zip(grids, videos)
         ]
+
+
+def _setting_names() -> set[str]:
+    return {name for part in PARTS.values() for name in part.setting_names()}
 
 
 def _default_chat_template() -> str:

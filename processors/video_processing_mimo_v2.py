@@ -127,6 +127,7 @@ class MiMoV2VideoProcessorKwargs(TypedDict, total=False):
 class MiMoV2VideoProcessor(ReleasedSettings, VideoProcessorMixin):
     valid_kwargs = MiMoV2VideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
+    call_arguments = ("videos", "start", "end", "return_tensors", "timeout", "return_soundtracks")
 
     released_names = {
         "fps": "fps",

@@ -682,7 +682,7 @@ def test_what_is_saved_loads_back_equal(tmp_path):
         ({"fmax": 12001}, "fmin, fmax"),
         ({"fmin": 500, "fmax": 500}, "fmin, fmax"),
         ({"fmax": "high"}, "fmin, fmax"),
-        ({"n_mels": 80}, "n_mels"),
+        ({"n_mels": 80}, "`n_mels`"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(kwargs, name):

@@ -498,7 +498,7 @@ def test_settings_that_cannot_be_are_refused(processor):
         ({"max_pixels": 1e5}, "max_pixels"),
         ({"patch_size": "16"}, "patch_size"),
         ({"image_mean": [0.5]}, "image_mean"),
-        ({"max_pixel": 9000}, "max_pixel"),
+        ({"max_pixel": 9000}, "`max_pixel`"),
         ({"size": None}, "size"),
     ):
         one_line_error(lambda kwargs=kwargs: processor(image, **kwargs), f"{name}: ")

@@ -568,7 +568,7 @@ def test_settings_that_cannot_be_are_refused(processor, tmp_path):
         ({"num_frames": 0}, "num_frames"),
         ({"num_frames": 2.5}, "num_frames"),
         ({"min_pixels": 9000, "max_pixels": 8999}, "min_pixels"),
-        ({"max_frame": 8}, "max_frame"),
+        ({"max_frame": 8}, "`max_frame`"),
         ({"start": 1, "end": 1}, "videos[0]"),
         ({"start": 1.5, "end": 1}, "videos[0]"),
         ({"start": -1}, "videos[0]"),

@@ -1,6 +1,5 @@
 """Codes of sounds made once: the audio tokenizer is frozen, so they are the same in every epoch."""
 
-import copy
 import hashlib
 import json
 import os
@@ -8,9 +7,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from modeling_mimo.messages_mimo_v2 import plain_message
+
 
 # keys of an audio part that name a file; other sources are encoded each time
 _PATH_KEYS = ("audio", "url", "path")
+# settings of an audio part; the codes are what they lead to
+_OPTIONS = ("start", "end", "sampling_rate")
 
 
 class AudioCodeCache:
@@ -35,11 +38,11 @@ class AudioCodeCache:
 
     def __call__(self, messages: list[dict]) -> list[dict]:
         """A copy of `messages` whose parts with sound files hold codes. Raises what `get_audio_codes` raises."""
-        messages = copy.copy(messages)
-        for index, message in enumerate(messages):
+        plain = [plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        for message in plain:
             if isinstance(message.get("content"), list):
-                messages[index] = {**message, "content": [self._with_codes(part) for part in message["content"]]}
-        return messages
+                message["content"] = [self._with_codes(part) for part in message["content"]]
+        return plain
 
     def _with_codes(self, part):
         file = self._file(part)
@@ -55,11 +58,13 @@ class AudioCodeCache:
             partial = kept.with_suffix(f".{os.getpid()}.partial")
             save_file({"audio_codes": codes.contiguous()}, partial)
             os.replace(partial, kept)
-        return {"type": "audio", "audio": {"audio_codes": load_file(kept)["audio_codes"]}}
+        # a key that is not known stays, for the processor to say so
+        rest = {key: value for key, value in part.items() if key not in (*_PATH_KEYS, *_OPTIONS)}
+        return {**rest, "audio": {"audio_codes": load_file(kept)["audio_codes"]}}
 
     @staticmethod
     def _file(part) -> Path | None:
-        if not isinstance(part, dict) or part.get("type") != "audio":
+        if part.get("type") != "audio":
             return None
         sources = [part[key] for key in _PATH_KEYS if isinstance(part.get(key), (str, os.PathLike))]
         if len(sources) != 1 or len(os.fspath(sources[0])) > 4096:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
+from modeling_mimo.messages_mimo_v2 import plain_chats
+
 from .chat_template import training_chat_template
 from .media_rows import MEDIA_ROWS, cut_inputs
 
@@ -82,7 +84,10 @@ class ConversationCollator:
             raise ValueError(
                 f"expected `messages`, got {sorted(example)}; a Trainer needs remove_unused_columns=False"
             )
-        messages, tools = example["messages"], example.get("tools")
+        chats, batched = plain_chats(example["messages"])
+        if batched:
+            raise ValueError("messages: expected one conversation, got a list of them")
+        messages, tools = chats[0], example.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         inputs = self._inputs(
             self.prepare(messages) if self.prepare else messages, tools, example.get("chat_template_kwargs") or {}
