@@ -169,9 +169,10 @@ class Hearing:
             start, end = options.get("start"), options.get("end")
             check_times(start, end, name)
             if isinstance(item, Mapping) and "audio_codes" in item:
-                for option in options:
+                if options:
+                    given = ", ".join(options)
                     raise ValueError(
-                        f"{name}: {option}: expected sound with it, got `audio_codes`, which are cut already"
+                        f"{name}: expected nothing beside `audio_codes`, which are cut already, got {given}"
                     )
                 opened.append(checked_codes(item["audio_codes"], name))
             else:

@@ -98,12 +98,12 @@ def _with_mapped_arguments(call: Mapping, name: str) -> dict:
     if "function" in call:
         return {**call, "function": _with_mapped_arguments(call["function"], name)}
     if not isinstance(call.get("name"), str):
-        raise ValueError(f"{name}: expected a function with a name, got {sorted(call)}")
+        raise ValueError(f"{name}: expected a function with a name, got {sorted(map(str, call))}")
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         with suppress(ValueError):
             arguments = json.loads(arguments or "{}")
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
         raise ValueError(f"{name}: expected arguments as a mapping or its JSON text, got {arguments!r}")
     return {**call, "arguments": arguments}
 
@@ -174,7 +174,9 @@ def part_kind(part: Mapping, name: str) -> str:
     for key in part:
         if form in (None, "text") and key not in known:
             raise ValueError(f"{name}: {unknown_name(str(key), known, 'a key of a part of content')}")
-    raise ValueError(f"{name}: expected a text, an image, a video or audio, got {sorted(part)} of type {form!r}")
+    raise ValueError(
+        f"{name}: expected a text, an image, a video or audio, got {sorted(map(str, part))} of type {form!r}"
+    )
 
 
 def _known_keys(kind: str) -> tuple[str, ...]:
