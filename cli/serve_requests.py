@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_mimo.messages_mimo_v2 import plain_message
-from modeling_mimo.processors.chat_mimo_v2 import MEDIA_KEYS, part_options, with_mapped_arguments
+from modeling_mimo.processors.chat_mimo_v2 import MEDIA_KEYS, part_options
 from modeling_mimo.processors.response_parsing_mimo_v2 import parse_response
 
 
@@ -178,9 +178,7 @@ def chat_messages(body: Mapping[str, Any], policy: MediaPolicy, has_senses: bool
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: expected a list of at least one message, got none")
-    read = [_message(message, f"messages[{index}]", policy, has_senses) for index, message in enumerate(messages)]
-    (chat,) = with_mapped_arguments([read], batched=False)
-    return chat
+    return [_message(message, f"messages[{index}]", policy, has_senses) for index, message in enumerate(messages)]
 
 
 def _message(message: Any, name: str, policy: MediaPolicy, has_senses: bool) -> dict[str, Any]:
@@ -196,19 +194,9 @@ def _message(message: Any, name: str, policy: MediaPolicy, has_senses: bool) -> 
     read = {"role": ROLES[role], "content": content or ""}
     if isinstance(message.get("reasoning_content"), str):
         read["reasoning_content"] = message["reasoning_content"]
-    calls = message.get("tool_calls")
-    if calls:
-        if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
-            raise ValueError(f"{name}.tool_calls: expected calls of functions with names and arguments, got {calls!r}")
-        read["tool_calls"] = calls
+    if message.get("tool_calls"):
+        read["tool_calls"] = message["tool_calls"]
     return read
-
-
-def _is_call(call: Any) -> bool:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        return False
-    return isinstance(function.get("arguments"), (str, dict))
 
 
 def _part(part: dict[str, Any], name: str, policy: MediaPolicy, has_senses: bool) -> dict[str, Any]:

@@ -14,7 +14,9 @@
 """Conversations as plain mappings, whatever objects their messages come as."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 
@@ -23,9 +25,10 @@ def plain_chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
 
     Messages, parts of content, what stands in these, and calls of tools may be mappings of any kind, dataclasses, or
     models of pydantic (or whatever has `model_dump`). A key that holds None is left out: datasets fill rows with None
-    for the keys that other rows have. Only arguments of calls keep theirs, which are data.
+    for the keys that other rows have. Only arguments of calls keep theirs, which are data; JSON text, as OpenAI has
+    it, becomes the mapping that the chat template needs.
 
-    ValueError: nothing to read, or an object of another kind, by its place.
+    ValueError: nothing to read, an object of another kind, a call without a name or arguments, by its place.
     """
     if not _is_list(conversation):
         raise ValueError(f"conversation: expected a list of messages, got {type(conversation).__name__}")
@@ -53,9 +56,11 @@ def plain_message(message: Any, name: str) -> dict[str, Any]:
     if _is_list(plain.get("content")):
         parts = enumerate(plain["content"])
         plain["content"] = [_plain_part(part, f"{name}.content[{index}]") for index, part in parts]
-    if _is_list(plain.get("tool_calls")):
-        calls = enumerate(plain["tool_calls"])
-        plain["tool_calls"] = [_plain_call(call, f"{name}.tool_calls[{index}]") for index, call in calls]
+    if "tool_calls" in plain:
+        name = f"{name}.tool_calls"
+        if not _is_list(plain["tool_calls"]):
+            raise ValueError(f"{name}: expected a list of calls, got {type(plain['tool_calls']).__name__}")
+        plain["tool_calls"] = [_plain_call(call, f"{name}[{at}]") for at, call in enumerate(plain["tool_calls"])]
     return plain
 
 
@@ -70,11 +75,16 @@ def _plain_part(part: Any, name: str) -> dict[str, Any]:
 def _plain_call(call: Any, name: str) -> dict[str, Any]:
     plain = _members(call, name, "a call of a function")
     if "function" in plain:
-        plain["function"] = _members(plain["function"], f"{name}.function", "a function with a name")
-    for holder in (plain, plain.get("function", {})):
-        if "arguments" in holder:
-            holder["arguments"] = _plain_data(holder["arguments"])
-    return plain
+        return {**plain, "function": _plain_call(plain["function"], name)}
+    if not isinstance(plain.get("name"), str):
+        raise ValueError(f"{name}: expected a function with a name, got {sorted(map(str, plain))}")
+    arguments = _plain_data(plain.get("arguments", {}))
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments or "{}")
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise ValueError(f"{name}: expected arguments as a mapping or its JSON text, got {arguments!r}")
+    return {**plain, "arguments": arguments}
 
 
 def _plain_data(value: Any) -> Any:

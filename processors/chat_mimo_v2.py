@@ -1,9 +1,7 @@
 """Conversations before they are rendered: media taken out of the messages, control tokens in texts marked as text."""
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,41 +69,6 @@ class Media:
 
     items: list[Any] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
-
-
-def with_mapped_arguments(chats: Sequence[Sequence[dict]], batched: bool) -> list[list[dict]]:
-    """`chats` with the arguments of each call as a mapping, which the chat template needs; OpenAI's are JSON text.
-
-    ValueError: arguments that are neither, or a call of nothing with a name, named by their indices.
-    """
-    mapped = []
-    for row, chat in enumerate(chats):
-        messages = []
-        for index, message in enumerate(chat):
-            calls = message.get("tool_calls")
-            if calls is not None:
-                name = f"{message_name(row, index, batched)}.tool_calls"
-                if not isinstance(calls, (list, tuple)):
-                    raise ValueError(f"{name}: expected a list of calls, got {type(calls).__name__}")
-                calls = [_with_mapped_arguments(call, f"{name}[{at}]") for at, call in enumerate(calls)]
-                message = {**message, "tool_calls": calls}
-            messages.append(message)
-        mapped.append(messages)
-    return mapped
-
-
-def _with_mapped_arguments(call: Mapping, name: str) -> dict:
-    if "function" in call:
-        return {**call, "function": _with_mapped_arguments(call["function"], name)}
-    if not isinstance(call.get("name"), str):
-        raise ValueError(f"{name}: expected a function with a name, got {sorted(map(str, call))}")
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        with suppress(ValueError):
-            arguments = json.loads(arguments or "{}")
-    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
-        raise ValueError(f"{name}: expected arguments as a mapping or its JSON text, got {arguments!r}")
-    return {**call, "arguments": arguments}
 
 
 def take_media(

@@ -33,7 +33,7 @@ from .assistant_turns_mimo_v2 import assistant_masks
 from .audio_codes_mimo_v2 import AUDIO_TOKENIZER_FOLDER, HUB_KWARGS, AudioTokenizerSource, Hearing, audio_inputs
 from .audio_files_mimo_v2 import flatten_audio
 from .call_arguments_mimo_v2 import MiMoV2ProcessorKwargs, names_of, processed, sorted_kwargs
-from .chat_mimo_v2 import Media, mark_chats, take_media, with_mapped_arguments
+from .chat_mimo_v2 import Media, mark_chats, take_media
 from .feature_extraction_mimo_v2 import MiMoV2FeatureExtractor
 from .image_processing_mimo_v2 import MiMoV2ImageProcessor
 from .loading_arguments_mimo_v2 import TOKENIZER_ARGUMENTS, check_loading_arguments
@@ -300,7 +300,7 @@ class MiMoV2Processor(ProcessorMixin):
             processor_kwargs["return_tensors"] = return_tensors
         others = {*names, *names_of(self.apply_chat_template), "use_audio_in_video"}
         by_taker = sorted_kwargs(processor_kwargs, others)
-        chats, media = take_media(with_mapped_arguments(chats, batched), batched, without_data=not tokenize)
+        chats, media = take_media(chats, batched, without_data=not tokenize)
         if not tokenize:
             texts = super().apply_chat_template(chats, chat_template, tools, **variables)
             return texts if batched else texts[0]

@@ -214,6 +214,32 @@ def test_reasoning_and_tool_calls_whole_and_streamed(client, loaded):
     assert f"<think>{REASONING}</think>{TEXT}{''.join(CALL_TEXTS)}<|im_end|>" in prompt
 
 
+def test_a_message_of_the_client_goes_back_as_it_is(client, loaded):
+    message = ask(client, tools=[WEATHER]).choices[0].message
+    processor = loaded["omni"][1]
+    prompt = processor.apply_chat_template([*QUESTION, message], tools=[WEATHER])
+    assert prompt == processor.apply_chat_template([*QUESTION, message.to_dict()], tools=[WEATHER])
+    assert f"<think>{REASONING}</think>{TEXT}{''.join(CALL_TEXTS)}<|im_end|>" in prompt
+    history = [*QUESTION, message, *QUESTION]
+    _, length = by_hand(*loaded["omni"], history)
+    assert ask(client, history, max_tokens=TOKENS).usage.prompt_tokens == length
+
+
+def test_detail_of_an_image_and_marks_of_a_cache_are_known(client, loaded):
+    def prompt_tokens(detail, **beside):
+        url = {"url": data_url("chart.png", "image/png"), "detail": detail}
+        part = {"type": "image_url", "image_url": url, "cache_control": {"type": "ephemeral"}, **beside}
+        return ask(client, [{"role": "user", "content": [part]}], max_tokens=1).usage.prompt_tokens
+
+    path = {"type": "image", "path": str(MEDIA / "chart.png")}
+    whole, low = (
+        by_hand(*loaded["omni"], [{"role": "user", "content": [{**path, **bound}]}])[1]
+        for bound in ({}, {"max_pixels": 512 * 512})
+    )
+    assert low < whole
+    assert [prompt_tokens(detail) for detail in ("auto", "high", "low")] == [whole, whole, low]
+
+
 def test_tool_choice_none_declares_no_tools(client, loaded):
     _, length = by_hand(*loaded["omni"], QUESTION)
     assert ask(client, tools=[WEATHER], tool_choice="none", max_tokens=2).usage.prompt_tokens == length
@@ -409,6 +435,20 @@ def image_part(url):
         ({"response_format": {"type": "json_object"}}, "response_format: expected {'type': 'text'}"),
         ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
         ({"tools": [{"type": "function"}]}, "tools[0]: expected a function with a name"),
+        (
+            {"messages": [{"role": "user", "content": [{**IMAGE[0], "max_pixel": 1}]}]},
+            "messages[0].content[0]: `max_pixel`: expected a key of parts of type image, got an unknown name; "
+            "did you mean `max_pixels`?",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{**TEXT_PART[0], "txt": "a"}]}]},
+            "messages[0].content[0]: `txt`: expected a key of parts of type text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{**IMAGE[0], "url": "data:,"}]}]},
+            "messages[0].content[0].url: expected image_url alone, got url with it",
+        ),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0]: expected a mapping with a type"),
         ({"extra_body": {"beams": 4}}, "beams: expected a field that this server knows"),
         (
             {"extra_body": {"generation_config": "{"}},

@@ -189,7 +189,7 @@ class Stranger:
         ),
         (
             [{"role": "assistant", "tool_calls": [{"function": Stranger()}]}],
-            r"messages\[0\]\.tool_calls\[0\]\.function: expected a function with a name, got Stranger",
+            r"messages\[0\]\.tool_calls\[0\]: expected a call of a function, got Stranger",
         ),
         ([], r"conversation: expected at least one message, got none"),
         ([[user()], []], r"messages\[1\]: expected at least one message, got none"),

@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+from collections import UserDict
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+from openai.types.chat import ChatCompletionMessage
 from transformers import (
     AnyToAnyPipeline,
     AutoModelForCausalLM,
@@ -136,6 +138,18 @@ def test_a_batch_may_mix_kinds_of_media(pipe, loaded):
         assert answers(outputs) == expected
     drafted = run(text=list(CHATS.values()), batch_size=6, generate_kwargs={"use_mtp": True, "max_new_tokens": TOKENS})
     assert answers(drafted) == expected
+
+
+def test_messages_may_be_objects(pipe, loaded):
+    """Of `any-to-any`; Transformers' other pipelines take messages of type dict alone."""
+    call = {"id": "0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = ChatCompletionMessage.model_validate({"role": "assistant", "content": None, "tool_calls": [call]})
+    chats = [[UserDict(CHATS["image"][0])], [*CHATS["text"], answer, *CHATS["text"]]]
+    expected = [by_hand(*loaded, messages) for messages in chats]
+    assert answers(pipe("any-to-any")(text=chats, max_new_tokens=TOKENS)) == expected
+    assert answers([pipe("any-to-any")(text=chat, max_new_tokens=TOKENS) for chat in chats]) == expected
+    with pytest.raises(ValueError, match=r"^messages\[1\]: expected a mapping, .* got object$"):
+        pipe("any-to-any")(text=[*CHATS["text"], object()], max_new_tokens=TOKENS)
 
 
 def test_a_batch_of_images_of_different_sizes(pipe, loaded):

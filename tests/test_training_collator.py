@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections import UserDict
 
 import pytest
 import torch
+from openai.types.chat import ChatCompletionMessage
 from training_scene import IMAGE, SOUND, VIDEO, conversations, turns, write_checkpoint
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -151,6 +153,34 @@ def test_the_marked_template_renders_and_masks_the_same(folder, processor, varia
     assert (
         tokenizer.apply_chat_template(example["messages"], chat_template=marked, tokenize=False, **variables) == text
     )
+
+
+@pytest.mark.parametrize("kind", ["processor", "tokenizer"])
+def test_messages_may_be_objects_and_hold_none(folder, processor, tmp_path, kind):
+    """With a tokenizer alone too, which takes no objects on every supported line of Transformers."""
+    part = processor if kind == "processor" else AutoTokenizer.from_pretrained(folder)
+    answer = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [{**CALL, "type": "function"}]}
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    call = {"id": "0", "type": "function", "function": function}
+    message = ChatCompletionMessage.model_validate({**answer, "tool_calls": [call], "reasoning_content": "Count."})
+    plain = {"role": "assistant", "reasoning_content": "Count.", "tool_calls": [CALL]}
+    expected = ConversationCollator(part)([{"messages": [*LONG[:2], plain]}])
+    for messages in ([*LONG[:2], message], [UserDict(LONG[0]), {**LONG[1], "tool_calls": None}, message]):
+        got = ConversationCollator(part)([{"messages": messages}])
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"^examples\[1\]: messages\[2\]: expected a mapping, .* got object$"):
+        ConversationCollator(part)([{"messages": LONG[:2]}, {"messages": [*LONG[:2], object()]}])
+    with pytest.raises(ValueError, match=r"^examples\[0\]: messages: expected one conversation, got a list of them$"):
+        ConversationCollator(part)([{"messages": [LONG]}])
+
+
+def test_codes_made_beforehand_hide_no_key_that_nobody_reads(processor, tmp_path):
+    cache = AudioCodeCache(processor, tmp_path / "codes")
+    words = turns({**SOUND, "end": 0.5, "image": None}, "Words.")
+    ConversationCollator(processor, prepare=cache)([{"messages": [UserDict(words[0]), words[1]]}])
+    assert len(list((tmp_path / "codes").iterdir())) == 1
+    with pytest.raises(ValueError, match=r"`ennd`: .*did you mean `end`\?$"):
+        ConversationCollator(processor, prepare=cache)([{"messages": turns({**SOUND, "ennd": 0.5}, "Words.")}])
 
 
 def test_truncation_drops_a_medium_that_would_be_cut_with_all_behind_it(processor):
