@@ -33,12 +33,12 @@ SIDES = {
 class Decoder:
     """One side: a cache, a way to run the model, and the tokens chosen so far."""
 
-    def __init__(self, model, cache, experts: str, compiled: bool, prompt: torch.Tensor):
+    def __init__(self, model, cache, experts: str, backend: str | None, prompt: torch.Tensor):
         self.model, self.cache, self.experts = model, cache, experts
-        self.forward = torch.compile(model.forward, fullgraph=True) if compiled else model.forward
+        self.forward = torch.compile(model.forward, fullgraph=True, backend=backend) if backend else model.forward
         self.length, self.tokens = prompt.shape[1], []
         with torch.no_grad():
-            self.choose(model(prompt, past_key_values=cache, logits_to_keep=1))
+            self.choose(model(prompt, cache=cache, logits_to_keep=1))
 
     def choose(self, output) -> None:
         self.tokens.append(output.logits[0, -1].argmax().item())
@@ -49,18 +49,21 @@ class Decoder:
         for _ in range(count):
             position = torch.tensor([[self.length]])
             ids = torch.tensor([self.tokens[-1:]])
-            self.choose(self.forward(ids, position_ids=position, past_key_values=self.cache))
+            self.choose(self.forward(ids, position_ids=position, cache=self.cache))
             self.length += 1
 
 
-def measure(model, context: int, repeats: int) -> tuple[dict[str, float], dict[str, float], dict[str, list[int]]]:
+def measure(
+    model, context: int, repeats: int, backend: str
+) -> tuple[dict[str, float], dict[str, float], dict[str, list[int]]]:
     """Median seconds per token, seconds of the first tokens (compilation) and chosen tokens of each side."""
     prompt = random_tokens(context) % model.config.vocab_size
     longest = context + TOKENS * (repeats + 1) + 1
     sides, times, first = {}, {}, {}
     for name, (kind, experts, compiled) in SIDES.items():
         cache = HybridCache(model.config) if kind == "hybrid" else StaticCache(model.config, max_cache_len=longest)
-        sides[name], times[name] = Decoder(model, cache, experts, compiled, prompt), []
+        sides[name] = Decoder(model, cache, experts, backend if compiled else None, prompt)
+        times[name] = []
     for repeat in range(repeats + 1):
         for name, side in sides.items():
             progress(f"{repeat}/{repeats} {name}")
@@ -80,18 +83,20 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--context", type=int, default=None, help=f"tokens in the cache (default: {CONTEXT})")
     options = parse(options, arguments, repeats=7)
     context = options.context or (64 if options.quick else CONTEXT)
+    # generating code takes half a minute: quick, the graph runs as it was traced
+    backend = "eager" if options.quick else "inductor"
     with tempfile.TemporaryDirectory() as folder:
         path = bench_checkpoint(Path(folder, "model"), options.quick)
         # float32: the sides add in other orders, which in bfloat16 would choose other tokens
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    times, first, tokens = measure(model, context, options.repeats)
+    times, first, tokens = measure(model, context, options.repeats, backend)
     names = list(SIDES)
     base = times["static, not compiled"]
     rows = [[name, times[name] * 1e3, base / times[name], first[name]] for name in names]
     compiled = min(times[name] for name in names if SIDES[name][2])
     setting = (
         f"{model.num_parameters() / 1e6:.0f}M parameters, {model.config.num_hidden_layers} layers; batch 1, float32, "
-        f"{context} tokens of context; median of {options.repeats} times {TOKENS} tokens."
+        f"{context} tokens of context, backend {backend}; median of {options.repeats} times {TOKENS} tokens."
     )
     bars = [
         Bar("same tokens on all sides", float(all(chosen == tokens[names[0]] for chosen in tokens.values())), 1),

@@ -23,6 +23,7 @@ from modeling_mimo.conversion.checkpoint import parse_config
 from modeling_mimo.conversion.convert_mimo_v2_to_hf import convert
 from modeling_mimo.conversion.random_checkpoint import released_config
 from modeling_mimo.conversion.random_common import write_json
+from modeling_mimo.conversion.verify import verify
 from modeling_mimo.weight_mapping_mimo_v2 import released_tensors
 
 
@@ -36,7 +37,7 @@ LAYER = {
     "moe_intermediate_size": 2048,
     "n_routed_experts": 32,
 }
-QUICK = LAYER | {"hidden_size": 1024, "moe_intermediate_size": 512}
+QUICK = LAYER | {"hidden_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 8}
 READ = 2**24
 MIB = 2**20
 
@@ -54,7 +55,7 @@ def write_source(folder: Path, overrides: dict) -> int:
             tensors[f"{name}_scale_inv"] = torch.rand(spec.scale_shape, generator=generator)
         else:
             dtype = torch.float32 if spec.part == "router" else torch.bfloat16
-            tensors[name] = torch.zeros(spec.shape, dtype=dtype)
+            tensors[name] = torch.randn(spec.shape, generator=generator).to(dtype)
     folder.mkdir()
     write_json(folder / "config.json", config)
     names = sorted(tensors)
@@ -113,10 +114,15 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         size = write_source(Path(folder) / "source", QUICK if options.quick else LAYER)
         times = measure(Path(folder) / "source", Path(folder), options.repeats, options.jobs)
+        convert(Path(folder) / "source", Path(folder) / "out", jobs=options.jobs, shard_size="500MB", progress=False)
+        report = verify(Path(folder) / "source", Path(folder) / "out", progress=False)
     ours, flushed, _ = times.values()
     rows = [[name, took, size / took / MIB, flushed / took] for name, took in times.items()]
     setting = f"{size / MIB:,.0f} MiB of tensors; {options.jobs} jobs; median of {options.repeats} repeats."
-    bars = [Bar("keep over copying, flushing and reading back", None if options.quick else flushed / ours, 0.7)]
+    bars = [
+        Bar("differences that `mimo verify` finds", len(report.problems), 0, at_least=False),
+        Bar("keep over copying, flushing and reading back", None if options.quick else flushed / ours, 0.7),
+    ]
     return finish(options.json, setting, ["way", "s", "MiB/s", "against the flushed copy"], rows, bars)
 
 

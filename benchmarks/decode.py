@@ -45,7 +45,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self, count: int) -> None:
         for _ in range(count):
-            logits = self.model(torch.tensor([self.tokens[-1:]]), past_key_values=self.cache).logits
+            logits = self.model(torch.tensor([self.tokens[-1:]]), cache=self.cache).logits
             self.tokens.append(logits[0, -1].argmax().item())
 
 

@@ -48,9 +48,26 @@ def bare_arithmetic(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
+def random_weight(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def lost(shape: tuple[int, ...]) -> dict[str, float]:
+    """What is lost of a weight on its way to a format and back, relative; of FP8 by the bare arithmetic, too."""
+    weight = random_weight(shape)
+    ways = {
+        "FP8": dequantize_blocks(*quantize_blocks(weight)),
+        "bare FP8": dequantize_blocks(
+            *(part.view(*shape[:-2], -1, part.shape[-1]) for part in bare_arithmetic(weight))
+        ),
+        "MXFP4": dequantize_mxfp4(*quantize_mxfp4(weight)),
+    }
+    return {name: ((back - weight).float().norm() / weight.float().norm()).item() for name, back in ways.items()}
+
+
 def ways(shape: tuple[int, ...]) -> dict[str, tuple[Callable[[], object], int, str]]:
     """name -> (what is measured, bytes of quantized weight, the way it is compared with)."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = random_weight(shape)
     codes, scale = quantize_blocks(weight)
     packed, exponents = quantize_mxfp4(weight)
     # as many bytes as the MXFP4 weight
@@ -70,9 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     options = parser("Conversion of FP8 and MXFP4 weights against bare tensor operations.", "fp8_convert.py --quick")
     options = parse(options, arguments, repeats=7)
-    rows, ratios = [], {}
+    rows, ratios, losses = [], {}, []
     for case, shape in (QUICK if options.quick else CASES).items():
         measured = ways(shape)
+        losses.append(lost(shape))
         times = interleaved({name: function for name, (function, _, _) in measured.items()}, options.repeats)
         for name, (_, size, other) in measured.items():
             ratio = None if other is None else times[other] / times[name]
@@ -82,7 +100,16 @@ def main(arguments: list[str] | None = None) -> int:
         f"Gigabytes of quantized weight per second; FP8 in {BLOCK} x {BLOCK} blocks, MXFP4 in groups of "
         f"{MXFP4_GROUP}; median of {options.repeats}."
     )
+    most = {name: max(loss[name] for loss in losses) for name in losses[0]}
     bars = [
+        # 3 bits of mantissa round by at most 1/16, by half of that in the mean; FP4 has one
+        Bar("FP8 and back, relative loss", most["FP8"], 0.03, at_least=False),
+        Bar(
+            "FP8 and back, loss over that of the bare arithmetic", most["FP8"] / most["bare FP8"], 1.01, at_least=False
+        ),
+        Bar("MXFP4 and back, relative loss", most["MXFP4"], 0.15, at_least=False),
+    ]
+    bars += [
         Bar(f"{name}, against {what}", None if options.quick else min(ratios[name]), limit)
         for name, what, limit in (
             (DEQUANTIZE, "PyTorch's cast of the same bytes", 2.0),

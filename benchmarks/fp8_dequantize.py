@@ -7,23 +7,18 @@ into memory that the operation allocates, "out" into memory that was written bef
 system about as much as its share of the arithmetic, and every way pays it alike.
 """
 
-import argparse
-import json
-import platform
-import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import Bar, finish, interleaved, parse, parser
 
 from modeling_mimo.fp8_mimo_v2 import BLOCK, dequantize_blocks, scale_shape
 
 
-CAST = "PyTorch cast, no scales"
+CAST, OURS, REFERENCE = "PyTorch cast, no scales", "dequantize_blocks", "reference formula, out"
 CASES = {"experts": (16, 2048, 4096), "qkv": (13568, 4096)}
+QUICK = {"experts": (2, 256, 512), "qkv": (848, 256)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -35,9 +30,9 @@ def naive(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch
     return out.copy_(values)
 
 
-def ways(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict[str, Callable[[], object]]:
+def ways(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
     """What is measured, by name, on one random weight of `shape`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape, generator=generator) * 60).clamp_(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.rand(*shape[:-2], *scale_shape(*shape[-2:]), generator=generator) * 1e-3
     out = torch.zeros(shape, dtype=dtype)
@@ -45,100 +40,37 @@ def ways(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict[str,
     return {
         CAST + ", new": lambda: weight.to(dtype),
         CAST + ", out": lambda: out.copy_(weight),
-        "reference formula, out": lambda: naive(weight, scale, out),
-        "dequantize_blocks, new": lambda: dequantize_blocks(weight, scale, dtype),
-        "dequantize_blocks, out": lambda: dequantize_blocks(weight, scale, dtype, out=out),
+        REFERENCE: lambda: naive(weight, scale, out),
+        OURS + ", new": lambda: dequantize_blocks(weight, scale, dtype),
+        OURS + ", out": lambda: dequantize_blocks(weight, scale, dtype, out=out),
         f"bound: copy of {torch.finfo(dtype).dtype}, out": lambda: other.copy_(out),
         f"bound: fill of {torch.finfo(dtype).dtype}, new": lambda: torch.empty(shape, dtype=dtype).zero_(),
     }
 
 
-def measure(functions: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
-    """Median seconds of each function; one repetition runs all of them in turn, after one that does not count."""
-    seconds = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            if sys.stderr.isatty():
-                print(f"\r{label}: {repeat}/{repeats} {name:40s}", end="", file=sys.stderr, flush=True)
-            start = time.perf_counter()
-            function()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    if sys.stderr.isatty():
-        print("\r" + " " * 79 + "\r", end="", file=sys.stderr)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def processor() -> str:
-    """The processor's name; Linux hides it from the platform module."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def run(cases: dict[str, tuple[int, ...]], dtype: torch.dtype, repeats: int) -> dict:
-    """All measurements and what they were taken on."""
-    results = []
-    for case, shape in cases.items():
-        times = measure(ways(shape, dtype), repeats, case)
-        gigabytes = torch.Size(shape).numel() / 1e9
-        for name, seconds in times.items():
-            # Compared with the cast that allocates as this way does.
-            cast = times[f"{CAST}, {name[-3:]}"]
-            results.append(
-                {"case": case, "shape": shape, "way": name, "gb_per_s": gigabytes / seconds, "ratio": cast / seconds}
-            )
-    return {
-        "hardware": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "system": platform.platform(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "repeats": repeats,
-        "command": shlex.join(["python", *sys.argv]),
-        "results": results,
-    }
-
-
-def markdown(report: dict) -> str:
-    """The report as a table with a heading of facts."""
-    lines = [
-        f"{report['hardware']}; {report['threads']} threads; torch {report['torch']}, Python {report['python']}; "
-        f"float8_e4m3fn to {report['dtype']}; median of {report['repeats']}; `{report['command']}`",
-        "",
-        "| case | way | GB/s of FP8 | against PyTorch's cast |",
-        "|---|---|---:|---:|",
-    ]
-    for row in report["results"]:
-        shape = " x ".join(map(str, row["shape"]))
-        lines.append(f"| {row['case']} {shape} | {row['way']} | {row['gb_per_s']:.2f} | {row['ratio']:.2f} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Measure FP8 dequantization against PyTorch's own cast, side by side.",
-        epilog="example: python benchmarks/fp8_dequantize.py --case qkv --repeats 5 --json",
-    )
-    parser.add_argument("--case", choices=CASES, action="append", help="one shape only; may be given twice")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="PyTorch threads; its own choice by default")
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1 or (options.threads is not None and options.threads < 1):
-        parser.error("--repeats and --threads must be at least 1")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    cases = {case: CASES[case] for case in options.case or CASES}
-    report = run(cases, DTYPES[options.dtype], options.repeats)
-    print(json.dumps(report, indent=2) if options.json else markdown(report))
-    return 0
+    options = parser("FP8 dequantization against PyTorch's own cast.", "fp8_dequantize.py --case qkv --repeats 5")
+    options.add_argument("--case", choices=CASES, action="append", help="one shape only; may be given twice")
+    options.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parse(options, arguments, repeats=7)
+    shapes = QUICK if options.quick else CASES
+    rows, largest = [], 0.0
+    for case in options.case or CASES:
+        functions = ways(shapes[case], DTYPES[options.dtype])
+        exact = functions[REFERENCE]().clone()
+        for way in ("new", "out"):
+            apart = (functions[f"{OURS}, {way}"]().float() - exact.float()).abs().max().item()
+            largest = max(largest, apart)
+        times = interleaved(functions, options.repeats)
+        for name, took in times.items():
+            # compared with the cast that allocates as this way does
+            cast = times[f"{CAST}, {name[-3:]}"]
+            size = torch.Size(shapes[case]).numel()
+            rows.append([f"{case} {' x '.join(map(str, shapes[case]))}", name, size / took / 1e9, cast / took])
+    setting = f"Gigabytes of FP8 weight per second, float8_e4m3fn to {options.dtype}; median of {options.repeats}."
+    bars = [Bar("largest difference from the reference formula", largest, 0, at_least=False)]
+    return finish(options.json, setting, ["case", "way", "GB/s", "against PyTorch's cast"], rows, bars)
 
 
 if __name__ == "__main__":

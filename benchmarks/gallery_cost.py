@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.models.mimo_v2_flash import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
 from modeling_mimo import HybridCache
+from modeling_mimo.cache_names_mimo_v2 import CACHE_NAME
 from modeling_mimo.cli.plan import plan_kv
 from modeling_mimo.cli.releases import shipped_config
 
@@ -62,7 +63,7 @@ def filled_by(model, ids: torch.Tensor, contexts: list[int]) -> list[int]:
     totals = []
     for context in tqdm(contexts, desc="MiMo-Micro", unit="context", disable=None):
         cache = HybridCache(model.config)
-        model(ids[:, :context], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :context], cache=cache, logits_to_keep=1)
         totals.append(cache.nbytes()["total"])
     return totals
 
@@ -167,7 +168,7 @@ def difference(sides: dict, ids: torch.Tensor) -> float:
     prompt, *single = ids.split([ids.shape[1] - COMPARED_DECODED, *[1] * COMPARED_DECODED], dim=1)
     for name, model in sides.items():
         cache = new_cache(name, model.config)
-        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in (prompt, *single)]
+        parts = [model(part, **{CACHE_NAME: cache}, use_cache=True).logits for part in (prompt, *single)]
         logits[name] = torch.cat(parts, dim=1)
     largest = (logits["ours"] - logits["transformers"]).abs().max().item()
     # NaN is no agreement
@@ -183,11 +184,11 @@ def seconds_at(sides: dict, ids: torch.Tensor, context: int, tokens: int, repeat
 
     def fill(name: str) -> None:
         caches[name] = new_cache(name, sides[name].config)
-        sides[name](ids[:, :context], past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+        sides[name](ids[:, :context], **{CACHE_NAME: caches[name]}, use_cache=True, logits_to_keep=1)
 
     def decode(name: str) -> None:
         for place in range(tokens):
-            sides[name](ids[:, place : place + 1], past_key_values=caches[name], use_cache=True)
+            sides[name](ids[:, place : place + 1], **{CACHE_NAME: caches[name]}, use_cache=True)
 
     prefill = interleaved({name: lambda name=name: fill(name) for name in sides}, repeats)
     decoding = interleaved({name: lambda name=name: decode(name) for name in sides}, repeats)

@@ -42,6 +42,8 @@ QUICK = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
 # mel frames of a minute, which is a segment
 MINUTE = 6000
 FILE_RATE = 16000
+# rows of a sliding layer on sound of 1, 4 and 16 minutes
+ROWS = (MINUTE // 2, 2 * MINUTE, 8 * MINUTE)
 
 
 def random_tokenizer(fields: dict, dtype: torch.dtype) -> MiMoAudioTokenizer:
@@ -126,18 +128,30 @@ def measure_speed(fields: dict, dtype: torch.dtype, minutes: int, repeats: int) 
 
 
 @torch.inference_mode()
-def measure_windows(fields: dict, dtype: torch.dtype, repeats: int) -> dict[int, float]:
-    """Median seconds of the attention of one sliding layer per length in rows."""
+def measure_windows(fields: dict, dtype: torch.dtype, lengths: tuple, repeats: int) -> tuple[dict[int, float], float]:
+    """Median seconds of the attention of one sliding layer per length in rows, and how far its output on the shortest
+    is from that of one dense mask."""
     tokenizer = random_tokenizer({**fields, "num_hidden_layers": 2, "skip_layer_id": 1}, dtype)
     attention, config = tokenizer.encoder.layers[0].self_attn, tokenizer.config
     functions = {}
-    for rows in (MINUTE // 2, 2 * MINUTE, 8 * MINUTE):
+    for rows in lengths:
         packing = tokenizer.encoder.packing([rows], torch.empty(0, dtype=dtype))
         states = torch.randn(rows, config.num_attention_heads, config.head_dim)
         functions[rows] = lambda states=states, packing=packing: attention.attend_window(
             states, states, states, packing
         )
-    return interleaved(functions, 3 * repeats)
+        if rows == lengths[0]:
+            exact = dense_window(states, config.sliding_window)
+            apart = ((functions[rows]()[:rows] - exact).norm() / exact.norm()).item()
+    return interleaved(functions, 3 * repeats), apart
+
+
+def dense_window(states: torch.Tensor, window: int) -> torch.Tensor:
+    """Attention [rows, heads, D] of each row to itself and the `window` rows before it, from all rows at once."""
+    places = torch.arange(len(states))
+    back = places[:, None] - places
+    rows = states.transpose(0, 1)
+    return F.scaled_dot_product_attention(rows, rows, rows, (back >= 0) & (back <= window)).transpose(0, 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,30 +160,33 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(peak_memory(task)))
         return 0
     options = parser("The audio tokenizer against real time and bare products.", "hearing.py --dtype float32")
-    options.add_argument("--minutes", type=int, default=2, help="segments of a minute at a time (default: 2)")
+    options.add_argument("--minutes", type=int, default=None, help="segments of a minute at a time (default: 2)")
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16, as released")
     options = parse(options, arguments, repeats=3)
     fields, dtype = QUICK if options.quick else {}, DTYPES[options.dtype]
-    lengths = (1, 3) if options.quick else (5, 60)
+    lengths, rows_of_layer = ((1, 2), ROWS[:1]) if options.quick else ((5, 60), ROWS)
+    count = options.minutes or (1 if options.quick else 2)
     memory = {}
     with tempfile.TemporaryDirectory() as folder:
         for minutes in lengths:
             path = Path(folder) / f"{minutes}.wav"
             write_sound(path, minutes)
             task = {"threads": options.threads, "dtype": options.dtype, "config": fields, "path": str(path)}
-            memory[minutes] = run_child(__file__, task)
-    speed = measure_speed(fields, dtype, options.minutes, options.repeats)
-    windows = measure_windows(fields, dtype, options.repeats)
-    rows = [
-        [f"encoding {options.minutes} min", side, took, 60 * options.minutes / took] for side, took in speed.items()
-    ]
+            memory[minutes] = run_child(__file__, task, peak_memory if options.quick else None)
+    speed = measure_speed(fields, dtype, count, options.repeats)
+    windows, apart = measure_windows(fields, dtype, rows_of_layer, options.repeats)
+    rows = [[f"encoding {count} min", side, took, 60 * count / took] for side, took in speed.items()]
     rows += [["attention of one sliding layer", f"{length} rows", took, None] for length, took in windows.items()]
     per_row = [took / length for length, took in windows.items()]
     growth = memory[lengths[1]]["peak"] / memory[lengths[0]]["peak"]
     products = speed["products with weights"] + speed["products of attention"]
-    judged = [products / speed["ours"], growth, max(per_row[1:]) / per_row[0]]
+    judged = [products / speed["ours"], growth, max(per_row) / per_row[0]]
     judged = [None if options.quick else value for value in judged]
+    # 100 mel frames a second and one at the end, and a code frame for each four
+    miscounted = sum(abs(found["codes"] - -(-(6000 * minutes + 1) // 4)) for minutes, found in memory.items())
     bars = [
+        Bar("code frames too many or too few", miscounted, 0, at_least=False),
+        Bar("windowed attention's difference from one dense mask, relative", apart, 1e-4, at_least=False),
         Bar("bare matrix products' time against the tokenizer's", judged[0], 0.6),
         Bar(f"peak memory of {lengths[1]} min against {lengths[0]} min", judged[1], 1.5, at_least=False),
         Bar("windowed attention's time per row, 4 and 16 times the rows", judged[2], 1.3, at_least=False),

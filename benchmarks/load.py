@@ -3,9 +3,9 @@
     python benchmarks/load.py --repeats 5
 
 Every load is a process of its own that has imported everything before; the three ways take turns, and the files
-were just written, so the disk is not measured. Loaded parts: the files without the draft layers, which the model has
-no modules for. Tensors: the model's parameters and buffers. RSS: what the process grew by. Peak: the largest growth
-during the load; pages of the mapped files count. Needs Linux.
+were just written, so the disk is not measured. Loaded parts: the tensors of the files, MTP layers included. Tensors:
+the model's parameters and buffers. RSS: what the process grew by. Peak: the largest growth during the load; pages of
+the mapped files count. Needs Linux.
 """
 
 import json
@@ -54,8 +54,9 @@ def loaded_file_bytes(folder: Path) -> int:
     return total
 
 
-def load(folder: str, dequantize: bool | None) -> dict:
+def load(task: dict) -> dict:
     """One measured load, and the logits of a few tokens."""
+    folder, dequantize = task["folder"], task["dequantize"]
     extra = {} if dequantize is None else {"quantization_config": MiMoV2FP8Config(dequantize=dequantize)}
     before, result = reset_peak(), {}
     took = seconds(lambda: result.update(model=AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **extra)))
@@ -75,14 +76,14 @@ def load(folder: str, dequantize: bool | None) -> dict:
     }
 
 
-def measure(folder: Path, repeats: int, threads: int) -> dict[str, dict]:
+def measure(folder: Path, repeats: int, threads: int, quick: bool) -> dict[str, dict]:
     """The medians of each way, over processes that take turns."""
     runs = {way: [] for way in WAYS}
     for repeat in range(repeats):
         for way, (files, dequantize) in WAYS.items():
             progress(f"{repeat + 1}/{repeats} {way}")
             task = {"folder": str(folder / files), "dequantize": dequantize, "threads": threads}
-            runs[way].append(run_child(__file__, task))
+            runs[way].append(run_child(__file__, task, load if quick else None))
     progress("")
     return {
         way: done[0] | {key: statistics.median(run[key] for run in done) for key in ("seconds", "peak", "resident")}
@@ -93,14 +94,14 @@ def measure(folder: Path, repeats: int, threads: int) -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     if task := child_task(arguments):
-        print(json.dumps(load(task["folder"], task["dequantize"])))
+        print(json.dumps(load(task)))
         return 0
     options = parser("Load time and memory of FP8 and bf16 checkpoints.", "load.py --repeats 3")
     options = parse(options, arguments, repeats=5)
     with tempfile.TemporaryDirectory() as folder:
         folders = {dtype: bench_checkpoint(Path(folder, dtype), options.quick, 16, dtype) for dtype in ("fp8", "bf16")}
         sizes = {dtype: loaded_file_bytes(path) for dtype, path in folders.items()}
-        results = measure(Path(folder), options.repeats, options.threads)
+        results = measure(Path(folder), options.repeats, options.threads, options.quick)
     rows, shares = [], {}
     for way, (files, _) in WAYS.items():
         facts = results[way]

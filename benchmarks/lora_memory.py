@@ -69,7 +69,9 @@ def trainable(model, case: str, parts: tuple[str, ...]):
 
 
 def child(task: dict) -> dict:
-    """Bytes of weights in bf16 and as stored, of what learns, and of memory: at rest and at the peak of a step."""
+    """Bytes of weights as stored, how many numbers learn, bytes of memory at rest and at the peak of a step, and the
+    loss before the first step.
+    """
     storage, parts = CASES[task["case"]]
     before = settled_bytes()
     model = load(task["model"], storage)
@@ -81,11 +83,20 @@ def child(task: dict) -> dict:
     for step in range(2):
         if step == 1:
             rest = reset_peak() - before
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if step == 0:
+            untrained = loss.item()
         optimizer.step()
         optimizer.zero_grad()
     peak = resident_bytes("VmHWM") - before
-    return {"stored": stored, "learns": sum(p.numel() for p in learns), "rest": rest, "peak": peak}
+    return {
+        "stored": stored,
+        "learns": sum(p.numel() for p in learns),
+        "rest": rest,
+        "peak": peak,
+        "loss": untrained,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,15 +105,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(child(task)))
         return 0
     options = parser("Peak memory of one training step.", "lora_memory.py")
-    options.add_argument("--tokens", type=int, default=TOKENS, help=f"of the batch (default: {TOKENS})")
+    options.add_argument("--tokens", type=int, default=None, help=f"of the batch (default: {TOKENS})")
     options = parse(options, arguments, repeats=1)
+    tokens = options.tokens or (64 if options.quick else TOKENS)
     with tempfile.TemporaryDirectory() as temporary:
         folder = bench_checkpoint(Path(temporary) / "fp8", options.quick, dtype="fp8")
-        task = {"model": str(folder), "tokens": options.tokens, "threads": options.threads}
+        task = {"model": str(folder), "tokens": tokens, "threads": options.threads}
         results = {}
         for case in CASES:
             progress(case)
-            results[case] = run_child(__file__, task | {"case": case})
+            results[case] = run_child(__file__, task | {"case": case}, child if options.quick else None)
         progress("")
     weights = results["full fine-tuning"]["stored"]
     rows = [
@@ -111,12 +123,15 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     own, peft = (results[f"LoRA: attention, {name}experts"]["peak"] for name in ("", "PEFT's "))
     fp8 = results["LoRA on FP8: attention, experts"]["peak"]
+    # adapters begin with nothing, on the same weights
+    losses = [result["loss"] for case, result in results.items() if "nf4" not in case]
     bars = [
+        Bar("difference of the losses before training, nf4 left out", max(losses) - min(losses), 0.01, at_least=False),
         Bar("peak of LoRA on experts, over PEFT's own", None if options.quick else own / peft, 0.9, at_least=False),
         Bar("peak of LoRA on FP8, over the same on bf16", None if options.quick else fp8 / own, 0.9, at_least=False),
     ]
     setting = (
-        f"{weights / 1e6:.0f} MB of weights in bf16, rank {RANK}, {options.tokens} tokens, gradient checkpointing, "
+        f"{weights / 1e6:.0f} MB of weights in bf16, rank {RANK}, {tokens} tokens, gradient checkpointing, "
         "AdamW; the last three columns over the weights in bf16, memory beyond what the process held before loading"
     )
     headings = ["step", "parameters that learn, millions", "weights as stored", "between steps", "peak of a step"]

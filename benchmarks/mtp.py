@@ -1,6 +1,6 @@
 """Drafting with MTP heads that were trained on real text: accepted length, speed-up, cost of the loop.
 
-    python benchmarks/mtp.py --minutes 8
+    python benchmarks/mtp.py --steps 900
 
 A small model in the released format learns the source text of Python's standard library, by the released recipe: the
 trunk with one head, then three copies of that head on the frozen trunk. Prompts are files it has not seen. The
@@ -10,7 +10,6 @@ published curve, 4 (1 - 0.58 x ** 0.58) tokens per step at x nats of entropy per
 import statistics
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import torch
@@ -33,8 +32,9 @@ SHAPE = {
     "num_nextn_predict_layers": 1,
 }
 BATCH, LENGTH = 8, 128
-# of the training time
-TRUNK_SHARE = 0.75
+# of the steps
+TRUNK_SHARE = 0.65
+STEPS, QUICK_STEPS = 900, 6
 PROMPT = 96
 # a row of the vocabulary without a token
 NEVER = 2175
@@ -46,26 +46,34 @@ def published(entropy: float) -> float:
     return max(1.0, 4 * (1 - 0.58 * entropy**0.58))
 
 
-def library_text(tokenizer, megabytes: float) -> tuple[torch.Tensor, torch.Tensor]:
+def add_steps(options) -> None:
+    """`--steps` of the training; the same weights on every machine, whatever its speed."""
+    options.add_argument("--steps", type=int, help=f"of training (default: {STEPS}, quick: {QUICK_STEPS})")
+
+
+def steps_of(options) -> int:
+    return options.steps or (QUICK_STEPS if options.quick else STEPS)
+
+
+def library_text(tokenizer, quick: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of modules of the standard library to learn from, and of others to be asked about."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
     known = "\n".join(text for index, text in enumerate(texts) if index % 10)
     unknown = "\n".join(texts[::10])
-    limit = int(megabytes * 2**20)
+    limit = 2**17 if quick else 2**22
     return tuple(torch.tensor(tokenizer(text[:limit]).input_ids) for text in (known, unknown))
 
 
-def train(model, ids: torch.Tensor, minutes: float, rate: float, weight: float, what: str) -> int:
-    """AdamW on random pieces of `ids` for so long; returns the steps."""
+def train(model, ids: torch.Tensor, steps: int, rate: float, weight: float, what: str) -> None:
+    """AdamW on random pieces of `ids`."""
     parameters = [part for part in model.parameters() if part.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
-    start, step = time.perf_counter(), 0
     model.train()
-    while (passed := (time.perf_counter() - start) / 60 / minutes) < 1:
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - 0.9 * passed)
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
         places = torch.randint(0, len(ids) - LENGTH, (BATCH,), generator=generator).tolist()
         batch = torch.stack([ids[place : place + LENGTH] for place in places])
         output = model(batch, labels=batch, mtp_loss_weight=weight, use_cache=False)
@@ -73,26 +81,26 @@ def train(model, ids: torch.Tensor, minutes: float, rate: float, weight: float, 
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
         losses = " ".join(f"{loss.item():.2f}" for loss in output.mtp_losses)
-        progress(f"{what}: step {step}, {passed:.0%}, heads {losses}")
+        progress(f"{what}: step {step + 1} of {steps}, heads {losses}")
     progress("")
     model.eval()
-    return step
 
 
-def trained_model(ids: torch.Tensor, minutes: float) -> tuple[MiMoV2ForCausalLM, list[int]]:
-    """A float32 model with three trained heads, and the steps of both stages."""
-    shape = SHAPE | {"hybrid_layer_pattern": PATTERN, "num_hidden_layers": len(PATTERN)}
-    shape["moe_layer_freq"] = [0] + [1] * (len(PATTERN) - 1)
+def trained_model(ids: torch.Tensor, steps: int, quick: bool) -> MiMoV2ForCausalLM:
+    """A float32 model with three trained heads; quick: half its layers."""
+    pattern = PATTERN[:6] if quick else PATTERN
+    shape = SHAPE | {"hybrid_layer_pattern": pattern, "num_hidden_layers": len(pattern)}
+    shape["moe_layer_freq"] = [0] + [1] * (len(pattern) - 1)
     torch.manual_seed(0)
     model = MiMoV2ForCausalLM(MiMoV2Config.from_dict(released_config("tiny", "bf16", overrides=shape))).float()
-    steps = [train(model, ids, minutes * TRUNK_SHARE, 2e-3, 0.3, "trunk with one head")]
+    of_trunk = round(steps * TRUNK_SHARE)
+    train(model, ids, of_trunk, 2e-3, 0.3, "trunk with one head")
     model.replicate_mtp_head()
     model.requires_grad_(False)
     model.model.mtp.requires_grad_(True)
-    steps.append(train(model, ids, minutes * (1 - TRUNK_SHARE), 1e-3, 1.0, "three heads"))
-    return model.requires_grad_(False), steps
+    train(model, ids, steps - of_trunk, 1e-3, 1.0, "three heads")
+    return model.requires_grad_(False)
 
 
 def prompts_of(ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -173,11 +181,11 @@ def forward_times(model, prompts: torch.Tensor, repeats: int) -> dict[int, float
     """Median seconds of a forward over n = 1 ... 4 tokens of each row behind the prompts."""
     cache = HybridCache(model.config)
     with torch.inference_mode():
-        model(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(prompts, cache=cache, use_cache=True, logits_to_keep=1)
         times = {count: [] for count in range(1, 5)}
         for repeat in range(10 * repeats + 3):
             for count, values in times.items():
-                took = seconds(lambda n=count: model(prompts[:, :n], past_key_values=cache, use_cache=True))
+                took = seconds(lambda n=count: model(prompts[:, :n], cache=cache, use_cache=True))
                 cache.crop(-count)
                 values += [took] if repeat >= 3 else []
     return {count: statistics.median(values) for count, values in times.items()}
@@ -195,11 +203,13 @@ def speeds(model, prompts: torch.Tensor, tokens: int, repeats: int, depths) -> d
     return {depth: (statistics.median(times[depth]), outputs[depth]) for depth in depths}
 
 
-def speed_rows(model, ids: torch.Tensor, batch: int, tokens: int, repeats: int) -> tuple[list[list], list[Bar]]:
-    """The rows of one batch size: medians over prompts are sums of their medians."""
+def speed_rows(
+    model, ids: torch.Tensor, batch: int, tokens: int, repeats: int, count: int
+) -> tuple[list[list], list[Bar]]:
+    """The rows of one batch size, `count` prompts of batch 1: medians over prompts are sums of their medians."""
     depths = (None, 1, 2, 3, "auto")
     prompts = prompts_of(ids, 8)
-    groups = prompts.split(batch) if batch > 1 else prompts[:4].split(1)
+    groups = prompts.split(batch) if batch > 1 else prompts[:count].split(1)
     parts = [speeds(model, group, tokens, repeats, depths) for group in groups]
     forwards = forward_times(model, groups[0], repeats)
     prefill = statistics.median(seconds(lambda: generate(model, groups[0], 1)) for _ in range(repeats)) * len(groups)
@@ -228,7 +238,6 @@ def speed_rows(model, ids: torch.Tensor, batch: int, tokens: int, repeats: int) 
         rows.append([*row, length, possible, ratio, experts, "yes" if same else "no"])
     if batch == 1:
         bars.append(Bar("speed-up of the best depth at batch 1", max(row[2] for row in rows), 1.5))
-        bars.append(Bar("the same tokens at every depth", float(all(row[-1] == "yes" for row in rows)), 1))
     return rows, bars
 
 
@@ -243,20 +252,21 @@ def auto_bar(model, ids: torch.Tensor, tokens: int, repeats: int, what: str) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = parser("Accepted length and speed-up of trained MTP heads.", "mtp.py --minutes 8")
-    options.add_argument("--minutes", type=float, default=None, help="training time (default: 8, quick: 0.2)")
+    options = parser("Accepted length and speed-up of trained MTP heads.", "mtp.py --steps 900")
+    add_steps(options)
     options = parse(options, arguments, repeats=3)
     logging.set_verbosity_error()
-    minutes = options.minutes or (0.2 if options.quick else 8.0)
-    tokens, prompts = (16, 2) if options.quick else (192, 6)
-    tokenizer = build_small_tokenizer(2048)
-    known, unknown = library_text(tokenizer, 0.2 if options.quick else 4.0)
-    model, steps = trained_model(known, minutes)
-    entropies = entropy_rows(model, prompts_of(unknown, prompts), tokens)
-    rows, bars = speed_rows(model, unknown, 1, tokens, options.repeats)
-    more, _ = speed_rows(model, unknown, 8, tokens, options.repeats)
+    tokens, prompts = (8, 1) if options.quick else (192, 4)
+    known, unknown = library_text(build_small_tokenizer(2048), options.quick)
+    steps = steps_of(options)
+    model = trained_model(known, steps, options.quick)
+    entropies = entropy_rows(model, prompts_of(unknown, 1 if options.quick else 6), tokens)
+    rows, bars = speed_rows(model, unknown, 1, tokens, options.repeats, prompts)
+    more, _ = speed_rows(model, unknown, 8, tokens, options.repeats, prompts)
+    rows += more
+    bars.append(Bar("the same tokens at every depth", float(all(row[-1] == "yes" for row in rows)), 1))
     row, bar = auto_bar(model, unknown, 2 * tokens, 2 * options.repeats, "trained heads")
-    rows, bars = [*rows, *more, row], [*bars, bar]
+    rows, bars = [*rows, row], [*bars, bar]
     for layer in model.model.mtp.layers:
         torch.nn.init.normal_(layer.eh_proj.weight, std=0.5)
     row, bar = auto_bar(model, unknown, 2 * tokens, 2 * options.repeats, "useless heads")
@@ -264,10 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         bars = [bar if "same tokens" in bar.name else Bar(bar.name, None, bar.limit, bar.at_least) for bar in bars]
     setting = (
-        f"{model.num_parameters() / 1e6:.1f}M parameters, {len(PATTERN)} layers, 2 of 8 experts, window 32, "
-        f"float32; trained for {minutes:g} minutes ({steps[0]} + {steps[1]} steps of {BATCH} x {LENGTH} tokens) "
-        f"on the standard library of Python. {tokens} greedy tokens behind {PROMPT} of unseen modules; 4 prompts at "
-        f"batch 1, 8 at batch 8; medians of {options.repeats}. `possible` is tokens per step x t(1) / (t(1 + drafts) "
+        f"{model.num_parameters() / 1e6:.1f}M parameters, {model.config.num_hidden_layers} layers, 2 of 8 experts, "
+        f"window 32, float32; trained for {steps} steps of {BATCH} x {LENGTH} tokens on the standard library of "
+        f"Python. {tokens} greedy tokens behind {PROMPT} of unseen modules; prompts: {prompts} at batch 1, 8 at batch "
+        f"8; medians of {options.repeats}. `possible` is tokens per step x t(1) / (t(1 + drafts) "
         "+ drafting), with t(n) a forward over n tokens; `of it` is the measured speed-up behind the prefill over it."
     )
     headings = [

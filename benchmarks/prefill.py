@@ -65,7 +65,9 @@ SHARED_FIELDS = [
 
 def load(side: str, folder: str, dtype: torch.dtype = torch.bfloat16):
     if side == "ours":
-        return AutoModelForCausalLM.from_pretrained(f"{folder}/ours", dtype=dtype, attn_implementation="sdpa").eval()
+        # the other class has no MTP layers
+        options = {"attn_implementation": "sdpa", "load_mtp": False}
+        return AutoModelForCausalLM.from_pretrained(f"{folder}/ours", dtype=dtype, **options).eval()
     path = f"{folder}/transformers"
     return MiMoV2FlashForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
 
@@ -169,8 +171,8 @@ def run_task(task: dict) -> dict:
     return convert(task["folder"]) if task["do"] == "convert" else agreement(task["folder"], task["length"])
 
 
-def measure(lengths, longest: int, repeats: int, common: dict) -> dict:
-    """{length: {side: {"seconds", "extra", ...}}}, medians of `repeats` processes, the sides in turn."""
+def measure(lengths, longest: int, repeats: int, child) -> dict:
+    """{length: {side: {"seconds", "extra", ...}}}, medians of `repeats` children, the sides in turn."""
     results = {}
     for length in lengths:
         sides = ("ours", "transformers") if length <= longest else ("ours",)
@@ -180,7 +182,7 @@ def measure(lengths, longest: int, repeats: int, common: dict) -> dict:
         for repeat in range(repeats):
             for side in sides:
                 progress(f"{length} tokens, {repeat + 1}/{repeats}, {side}")
-                runs[side].append(run_child(__file__, common | {"do": "prefill", "side": side, "length": length}))
+                runs[side].append(child(do="prefill", side=side, length=length))
         results[length] = {
             side: done[0] | {key: statistics.median(run[key] for run in done) for key in ("seconds", "extra")}
             for side, done in runs.items()
@@ -196,11 +198,12 @@ def table_rows(results: dict) -> list[list]:
         ours, other = sides["ours"], sides.get("transformers")
         if other:
             same = len(set(ours["top"]) & set(other["top"]))
-            speed, memory = other["seconds"] / ours["seconds"], other["extra"] / ours["extra"]
+            # a small prefill may fit into what an earlier one has left
+            speed, memory = other["seconds"] / ours["seconds"], other["extra"] / max(1, ours["extra"])
             side = [other["seconds"], speed, f"{other['extra'] / GIB:.2f}", memory, f"{same}/10"]
         elif compared:
             needed = results[compared]["transformers"]["extra"] * (length / compared) ** 2
-            side = [None, None, f"about {needed / GIB:.0f}, not run", needed / ours["extra"], None]
+            side = [None, None, f"about {needed / GIB:.0f}, not run", needed / max(1, ours["extra"]), None]
         else:
             side = [None] * 5
         rows.append([length, ours["seconds"], side[0], side[1], ours["extra"] / GIB, *side[2:]])
@@ -253,16 +256,20 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--length", type=int, action="append", help="tokens; may be given more than once")
     options.add_argument("--heads", type=int, default=HEADS, help=f"query heads of the model (default: {HEADS})")
     options = parse(options, arguments, repeats=3)
-    lengths = sorted(options.length or ((256, 1024) if options.quick else LENGTHS))
-    pair = (512, 2048) if options.quick else (8192, 32768)
+    lengths = sorted(options.length or ((64, 256) if options.quick else LENGTHS))
+    pair, compared = ((128, 512), 128) if options.quick else ((8192, 32768), 512)
     with tempfile.TemporaryDirectory() as folder:
-        common = {"folder": folder, "threads": options.threads}
+
+        def child(**task) -> dict:
+            task |= {"folder": folder, "threads": options.threads}
+            return run_child(__file__, task, run_task if options.quick else None)
+
         bench_checkpoint(Path(folder, "ours"), options.quick, options.heads)
-        facts = run_child(__file__, common | {"do": "convert"})
+        facts = child(do="convert")
         progress("comparing the logits of both sides")
-        check = {"length": 512} | run_child(__file__, common | {"do": "agreement", "length": 512})
-        layers = run_child(__file__, common | {"do": "layers", "lengths": pair, "repeats": options.repeats})
-        results = measure(lengths, LONGEST_COMPARED, options.repeats, common)
+        check = {"length": compared} | child(do="agreement", length=compared)
+        layers = child(do="layers", lengths=pair, repeats=options.repeats)
+        results = measure(lengths, LONGEST_COMPARED, options.repeats, child)
     growth = layers[f"sliding_attention {pair[1]}"] / layers[f"sliding_attention {pair[0]}"]
     setting = (
         f"{facts['parameters'] / 1e6:.0f}M parameters, {facts['layers']} layers, {facts['global_layers']} of them "

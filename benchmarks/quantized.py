@@ -1,6 +1,6 @@
 """What quantization costs: loss, distribution, best token and drafts of a small model trained on real text.
 
-    python benchmarks/quantized.py --minutes 8
+    python benchmarks/quantized.py --steps 900
 
 The model of mtp.py is trained on the source text of Python's standard library, converted to bf16 and to FP8, and
 loaded in each form; each is asked about modules that training has not seen. Random weights would say little: their
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from common import Bar, finish, interleaved, parse, parser, progress
-from mtp import PATTERN, generate, library_text, prompts_of, trained_model
+from mtp import add_steps, generate, library_text, prompts_of, steps_of, trained_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modeling_mimo import MiMoV2FP8Config
@@ -81,13 +81,13 @@ def expert_bits(model) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = parser("Quality, memory and speed of quantized models.", "quantized.py --minutes 8")
-    options.add_argument("--minutes", type=float, default=None, help="training time (default: 8, quick: 0.3)")
+    options = parser("Quality, memory and speed of quantized models.", "quantized.py --steps 900")
+    add_steps(options)
     options = parse(options, arguments, repeats=3)
-    minutes = options.minutes or (0.3 if options.quick else 8.0)
+    steps = steps_of(options)
     count, tokens = (8, 8) if options.quick else (128, 64)
-    known, unknown = library_text(build_small_tokenizer(2048), 0.2 if options.quick else 4.0)
-    model, steps = trained_model(known, minutes)
+    known, unknown = library_text(build_small_tokenizer(2048), options.quick)
+    model = trained_model(known, steps, options.quick)
     starts = torch.arange(count) * ((len(unknown) - LENGTH) // count)
     windows = torch.stack([unknown[start : start + LENGTH] for start in starts.tolist()])
     prompts = prompts_of(unknown, 4)
@@ -116,13 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if name in LIMITS:
             bars.append(Bar(f"loss of {name} above bf16, nats per token", loss - base, LIMITS[name], at_least=False))
-    if options.quick:
-        bars = [Bar(bar.name, None, bar.limit, bar.at_least) for bar in bars]
     setting = (
-        f"{models['bf16'].num_parameters() / 1e6:.1f}M parameters, {len(PATTERN)} layers, 2 of 8 experts; trained for "
-        f"{minutes:g} minutes ({steps[0]} + {steps[1]} steps) on the standard library of Python. Loss, KL divergence "
-        f"from bf16 and agreement of the best token over {count} x {LENGTH} tokens of unseen modules; drafting: "
-        f"tokens per step with 3 drafts; speed: {tokens} greedy tokens at batch 1, median of {options.repeats}. "
+        f"{models['bf16'].num_parameters() / 1e6:.1f}M parameters, {model.config.num_hidden_layers} layers, 2 of 8 "
+        f"experts; trained for {steps} steps on the standard library of Python. Loss, KL divergence from bf16 and "
+        f"agreement of the best token over {count} x {LENGTH} tokens of unseen modules; drafting: tokens per step "
+        f"with 3 drafts; speed: {tokens} greedy tokens at batch 1, median of {options.repeats}. "
         "Embeddings and head, which stay bf16, are a larger share of the memory here than of a released model."
     )
     headings = [

@@ -16,25 +16,25 @@ from common import environment
 
 FOLDER = Path(__file__).resolve().parent
 
-# script -> (heading, arguments with --quick)
+# script -> heading
 SCRIPTS = {
-    "prefill.py": ("Prefill against Transformers' `mimo_v2_flash`", ["--quick"]),
-    "decode.py": ("Decoding with HybridCache and with DynamicCache", ["--quick"]),
-    "moe.py": ("Experts against bare matrix products", ["--quick"]),
-    "kv_cache.py": ("KV cache of MiMo-V2.5 at 262144 tokens", ["--quick"]),
-    "load.py": ("Loading FP8 and bf16 checkpoints", ["--quick"]),
-    "vision.py": ("Vision tower on an image of 4,096 patches", ["--quick"]),
-    "hearing.py": ("Audio tokenizer: real time, matrix products, memory of an hour", ["--quick"]),
-    "mtp.py": ("Drafting with MTP heads trained on real text", ["--quick"]),
-    "mtp_memory.py": ("What a long prompt costs drafting, beside Transformers' loop", ["--quick"]),
-    "quantized.py": ("What quantization costs a trained model", ["--quick"]),
-    "offload.py": ("Weights on disk beside accelerate's disk offload", ["--quick"]),
-    "lora_memory.py": ("Memory of one training step", ["--quick"]),
-    "compile.py": ("The compiled decode step", ["--quick"]),
-    "preprocess.py": ("Preprocessing of a photo and a clip", ["--quick"]),
-    "convert.py": ("Conversion against copying", ["--quick"]),
-    "fp8_convert.py": ("FP8 and MXFP4 arithmetic of conversion", ["--quick"]),
-    "fp8_dequantize.py": ("FP8 dequantization", ["--case", "qkv", "--repeats", "1"]),
+    "prefill.py": "Prefill against Transformers' `mimo_v2_flash`",
+    "decode.py": "Decoding with HybridCache and with DynamicCache",
+    "moe.py": "Experts against bare matrix products",
+    "kv_cache.py": "KV cache of MiMo-V2.5 at 262144 tokens",
+    "load.py": "Loading FP8 and bf16 checkpoints",
+    "vision.py": "Vision tower on an image of 4,096 patches",
+    "hearing.py": "Audio tokenizer: real time, matrix products, memory of an hour",
+    "mtp.py": "Drafting with MTP heads trained on real text",
+    "mtp_memory.py": "What a long prompt costs drafting, beside Transformers' loop",
+    "quantized.py": "What quantization costs a trained model",
+    "offload.py": "Weights on disk beside accelerate's disk offload",
+    "lora_memory.py": "Memory of one training step",
+    "compile.py": "The compiled decode step",
+    "preprocess.py": "Preprocessing of a photo and a clip",
+    "convert.py": "Conversion against copying",
+    "fp8_convert.py": "FP8 and MXFP4 arithmetic of conversion",
+    "fp8_dequantize.py": "FP8 dequantization",
 }
 
 
@@ -45,7 +45,7 @@ def run(script: str, arguments: list[str]) -> tuple[str, int]:
     # From the repository's root by relative path: scripts print the command they were called with
     process = [sys.executable, f"benchmarks/{script}", *arguments]
     done = subprocess.run(process, cwd=FOLDER.parent, stdout=subprocess.PIPE, text=True)
-    section = f"## {SCRIPTS[script][0]}\n\n```text\n{command}\n```\n\n{done.stdout.strip()}\n"
+    section = f"## {SCRIPTS[script]}\n\n```text\n{command}\n```\n\n{done.stdout.strip()}\n"
     if done.returncode:
         section += f"\nThis run ended with status {done.returncode}.\n"
     return section, done.returncode
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = options.parse_args(arguments)
     sections, failed = [], []
     for script in options.only or SCRIPTS:
-        quick = SCRIPTS[script][1] if options.quick else []
+        quick = ["--quick"] if options.quick else []
         section, status = run(script, ["--threads", str(options.threads), *quick])
         sections.append(section)
         if status:

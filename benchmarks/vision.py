@@ -152,14 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
     extra = {}
     for length in (side, 2 * side):
         task = {"threads": options.threads, "dtype": options.dtype, "side": length, "config": fields}
-        extra[length] = run_child(__file__, task)["extra"]
+        extra[length] = run_child(__file__, task, attention_memory if options.quick else None)["extra"]
     attention, whole, apart = measure(config, DTYPES[options.dtype], side, options.repeats)
     rows = []
     for what, times in (("one windowed attention", attention), ("tower", whole)):
         rows += [[what, name, took * 1e3, took / times["ours"]] for name, took in times.items()]
     tower_floor = whole["ours"] / whole["floor"]
     speed = attention["dense masks"] / attention["ours"], whole["dense masks"] / whole["ours"]
-    judged = [None if options.quick else value for value in (*speed, extra[2 * side] / extra[side], tower_floor)]
+    growth = extra[2 * side] / max(1, extra[side])
+    judged = [None if options.quick else value for value in (*speed, growth, tower_floor)]
     bars = [
         Bar("difference of the features from those with dense masks, relative", apart, 0.02, at_least=False),
         Bar("times faster than dense masks, windowed attention", judged[0], 8),

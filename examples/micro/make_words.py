@@ -1,6 +1,6 @@
 """Speaks the words that MiMo-Micro hears, in many voices: writes modeling_mimo/data/words/WORD.ogg. Needs espeak-ng.
 
-    python examples/micro/make_words.py
+    python examples/micro/make_words.py [FOLDER]
 
 Each file holds one word in VOICES voices, one every SLOT seconds; the last HELD_OUT voices are for tests alone.
 """
@@ -41,12 +41,13 @@ def speak(word: str, index: int, folder: Path) -> np.ndarray:
 
 
 def main() -> int:
-    OUT.mkdir(parents=True, exist_ok=True)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for word in WORDS:
             sound = np.concatenate([speak(word, index, Path(scratch)) for index in range(VOICES)])
-            soundfile.write(OUT / f"{word}.ogg", sound, RATE, format="OGG", subtype="VORBIS")
-    print(f"{OUT}: {len(WORDS)} words in {VOICES} voices, of which {HELD_OUT} are held out")
+            soundfile.write(folder / f"{word}.ogg", sound, RATE, format="OGG", subtype="VORBIS")
+    print(f"{folder}: {len(WORDS)} words in {VOICES} voices, of which {HELD_OUT} are held out")
     return 0
 
 
