@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import sys
 
 import pytest
 import torch
@@ -16,16 +15,6 @@ GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12}
 # a dense global layer, then a sliding one with experts; the window is shorter than prompts and longer than `SHORT`
 TWO_LAYERS = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
 SHORT = 5
-
-
-@pytest.fixture(scope="module")
-def plain_torch():
-    """The real `torch` in our modules again: the tracer knows its functions by identity, not the poisoned ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == "modeling_mimo" and "torch" in vars(module):
-                patch.setattr(module, "torch", torch)
-        yield
 
 
 pytestmark = [
