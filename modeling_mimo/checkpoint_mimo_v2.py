@@ -79,6 +79,19 @@ def _listing(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def problem_lines(
+    missing: list[str], unknown: list[str], mis_shaped: list[str], wrong_dtype: list[str] | tuple = ()
+) -> list[str]:
+    """One line per kind of problem that there is; the last two as `name (expected, got)`."""
+    kinds = {
+        "missing": missing,
+        "unknown": unknown,
+        "mis-shaped (expected, got)": mis_shaped,
+        "wrong dtype (expected, got)": wrong_dtype,
+    }
+    return [f"{what} ({len(names)}): {_listing(names)}" for what, names in kinds.items() if names]
+
+
 def _shown(value: Any) -> str:
     """`repr`, cut where a hostile file would fill the screen."""
     text = repr(value)
@@ -515,16 +528,7 @@ def _compare(table: dict[str, ReleasedTensor], tensors: dict[str, TensorInfo], l
         elif scale is not None:
             check(scale[0], tensors[scale[0]], scale[1], scale[2:])
     unknown = [name for name in tensors if name not in known]
-    return [
-        f"{what} ({len(names)}): {_listing(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("unknown", unknown),
-            ("mis-shaped (expected, got)", mis_shaped),
-            ("wrong dtype (expected, got)", wrong_dtype),
-        )
-        if names
-    ]
+    return problem_lines(missing, unknown, mis_shaped, wrong_dtype)
 
 
 def _check_experts(

@@ -28,6 +28,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .adapters_mimo_v2 import MiMoV2AdaptersMixin, base_of_adapter, check_peft_suits, load_adapter_tensors
 from .cache_mimo_v2 import HybridCache
 from .cache_names_mimo_v2 import CACHE_NAME, CACHE_NAMES, takes_cache
 from .checkpoint_mimo_v2 import Checkpoint, check_file_names, check_tensors, take_mtp_layers_from_files
@@ -73,7 +74,9 @@ MEDIA_NAMES = tuple(name for names in MEDIA_INPUTS.values() for name in names)
 
 
 @auto_docstring
-class MiMoV2PreTrainedModel(MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2SwitchesMixin, PreTrainedModel):
+class MiMoV2PreTrainedModel(
+    MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2SwitchesMixin, MiMoV2AdaptersMixin, PreTrainedModel
+):
     config: MiMoV2Config
     base_model_prefix = "model"
     input_modalities = ("image", "video", "audio", "text")
@@ -124,8 +127,9 @@ class MiMoV2PreTrainedModel(MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2Switc
         """As in Transformers; `quantization_config` may differ from what the checkpoint is stored in."""
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors`: expected None or True, got False: pickles are never read.")
+        base = base_of_adapter(pretrained_model_name_or_path, kwargs)
         if kwargs.get("quantization_config") is not None:
-            kwargs = choose_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
+            kwargs = choose_quantization(cls.config_class, base, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
@@ -134,6 +138,8 @@ class MiMoV2PreTrainedModel(MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2Switc
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in Transformers, with a warning for the parts of the checkpoint that are not in the saved folder."""
+        if self._hf_peft_config_loaded:
+            check_peft_suits("save_pretrained")
         check_saveable(vars(self).get("hf_quantizer"))
         if kwargs.get("save_original_format") is False:
             raise ValueError(
@@ -153,6 +159,9 @@ class MiMoV2PreTrainedModel(MiMoV2ParallelMixin, MiMoV2OffloadMixin, MiMoV2Switc
 
         Transformers would report a missing or unknown tensor in a log line and go on with random weights.
         """
+        if model._hf_peft_config_loaded:
+            # set by `load_adapter` alone, which calls this on a model that is loaded already
+            return load_adapter_tensors(model, state_dict, checkpoint_files, load_config, expected_keys)
         if state_dict is None and checkpoint_files:
             # whatever the files are called: a pickle, or a name outside the folder, must not get any further
             check_file_names((load_config.sharded_metadata or {}).get("weight_map", {}))
@@ -235,6 +244,9 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
         """As in Transformers, under the names of a whole checkpoint; a `MiMoV2Model` alone can read it again."""
+        if self._hf_peft_config_loaded:
+            # the adapter, which has names of its own
+            return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         tensors = self.state_dict() if state_dict is None else state_dict
         prefixed = {f"{self.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()}
         super().save_pretrained(save_directory, *args, state_dict=prefixed, **kwargs)

@@ -4,12 +4,14 @@ import os
 import re
 
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
+from modeling_mimo.adapters_mimo_v2 import ON_DISK, check_adapter_tensors, is_on_disk
+from modeling_mimo.checkpoint_mimo_v2 import Checkpoint, CheckpointError
+from modeling_mimo.lora_layers_mimo_v2 import with_own_layers
 from modeling_mimo.modeling_mimo_v2_text import MiMoV2Experts
-from modeling_mimo.quantization_mimo_v2 import MiMoV2FP8Linear
-
-from .lora_layers import FrozenLinearLora, ParamWrapper
 
 
 _MLP = r"mlp\.(gate_proj|up_proj|down_proj)"
@@ -68,26 +70,54 @@ def lora_config(model: nn.Module, parts: tuple[str, ...] = ("attention",), **set
         settings: of `LoraConfig`: `r`, `lora_alpha`, `modules_to_save`, ...
 
     Raises:
-        ValueError: as `lora_targets`.
+        ValueError: as `lora_targets`; weights of these parts on disk.
 
     ```python
     >>> model = get_peft_model(model, lora_config(model, ("attention", "experts"), r=16, lora_alpha=32))
     ```
     """
-    return _with_own_layers(LoraConfig(**{**lora_targets(model, parts), **settings}))
+    targets = lora_targets(model, parts)
+    pattern = re.compile(targets["target_modules"] or "no module")
+    experts = tuple(targets["target_parameters"] or ())
+    adapted = [
+        name
+        for name, _ in model.named_parameters()
+        if pattern.fullmatch(name.rpartition(".")[0]) or name.endswith(experts)
+    ]
+    if is_on_disk(model, adapted):
+        raise ValueError(ON_DISK)
+    return with_own_layers(LoraConfig(**{**targets, **settings}))
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> PeftModel:
-    """`PeftModel.from_pretrained` with the adapter layers of `lora_config`."""
-    config = _with_own_layers(PeftConfig.from_pretrained(folder))
+    """`PeftModel.from_pretrained` with the adapter layers of `lora_config`; every tensor of the file is loaded.
+
+    Raises:
+        ValueError: `model` has adapters already, or weights on disk; one error that lists all tensors that are
+            missing, unknown or of another shape.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "`model`: expected one without adapters, got one with; its own `load_adapter(folder, adapter_name=...)` "
+            "adds another."
+        )
+    if is_on_disk(model, [name for name, _ in model.named_parameters()]):
+        raise ValueError("`device_map`: expected weights in memory, got some on disk, where model.load_adapter works.")
+    config = with_own_layers(PeftConfig.from_pretrained(folder))
     config.inference_mode = not is_trainable
-    return PeftModel.from_pretrained(model, folder, config=config, is_trainable=is_trainable)
-
-
-def _with_own_layers(config: LoraConfig) -> LoraConfig:
-    # what PEFT offers for layers of one's own; it is not part of the saved config
-    config._register_custom_module({MiMoV2Experts: ParamWrapper, MiMoV2FP8Linear: FrozenLinearLora})
-    return config
+    tensors = Checkpoint.from_files([cached_file(folder, ADAPTER_SAFE_WEIGHTS_NAME)]).tensors
+    # PEFT warns of what does not fit, or drops it
+    adapted = PeftModel.from_pretrained(
+        model, folder, config=config, is_trainable=is_trainable, ignore_mismatched_sizes=True
+    )
+    try:
+        check_adapter_tensors(adapted, adapted.active_adapter, {name: info.shape for name, info in tensors.items()})
+    except CheckpointError:
+        if not config.is_prompt_learning:
+            # the model as it was, for another try
+            adapted.unload()
+        raise
+    return adapted
 
 
 __all__ = ["LORA_PARTS", "load_adapter", "lora_config", "lora_targets"]

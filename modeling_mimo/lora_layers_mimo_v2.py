@@ -1,11 +1,31 @@
+# Copyright 2026 The modeling-mimo authors.
+#
+# Licensed under the MIT License (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     https://opensource.org/license/mit
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Adapter layers for PEFT: stacked experts of any storage, and linear layers that stay FP8."""
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import layer as peft_layers
 from torch import nn
+from transformers.utils import is_peft_available
 
-from modeling_mimo.modeling_mimo_v2_text import MiMoV2Experts
+from .modeling_mimo_v2_text import MiMoV2Experts
+from .quantization_mimo_v2 import MiMoV2FP8Linear
+
+
+# imported by whoever has PEFT; the condition is for copies on the Hub, whose imports Transformers would all ask for
+if is_peft_available():
+    from peft import LoraConfig, PeftConfig
+    from peft.tuners.lora import layer as peft_layers
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,3 +125,14 @@ def check_mergeable(weight: torch.Tensor) -> None:
             f"merge: expected floating-point weights, got {weight.dtype}; load_adapter on a base in bfloat16 (of FP8 "
             "files: MiMoV2FP8Config(dequantize=True)) and merge there."
         )
+
+
+def with_own_layers(config: "PeftConfig") -> "PeftConfig":
+    """`config`, by which LoRA takes the layers of this file; other kinds of adapters keep PEFT's."""
+    if isinstance(config, LoraConfig):
+        # what PEFT offers for layers of one's own; it is not part of the saved config
+        config._register_custom_module({MiMoV2Experts: ParamWrapper, MiMoV2FP8Linear: FrozenLinearLora})
+    return config
+
+
+__all__ = ["FrozenLinearLora", "ParamWrapper", "with_own_layers"]
