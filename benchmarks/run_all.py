@@ -16,6 +16,14 @@ from common import environment
 
 FOLDER = Path(__file__).resolve().parent
 
+# arguments of a run for the page, where the script's own defaults would take longer than they tell more
+ARGUMENTS = {
+    "vision.py": ["--repeats", "1"],
+    "hearing.py": ["--repeats", "2"],
+    "mtp.py": ["--minutes", "6"],
+    "mtp_memory.py": ["--context", "16384"],
+    "quantized.py": ["--minutes", "4"],
+}
 # script -> heading
 SCRIPTS = {
     "prefill.py": "Prefill against Transformers' `mimo_v2_flash`",
@@ -51,7 +59,14 @@ def run(script: str, arguments: list[str]) -> tuple[str, int]:
     return section, done.returncode
 
 
-def page(sections: list[str], threads: int) -> str:
+def checked_out_commit() -> str:
+    """Short name of the commit that is measured, with a mark if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True).stdout.strip()
+    return found or "unknown, outside of a checkout"
+
+
+def page(sections: list[str], threads: int, commit: str) -> str:
     facts = environment()
     return "\n".join(
         [
@@ -60,7 +75,8 @@ def page(sections: list[str], threads: int) -> str:
             "seconds are this machine's.\n",
             f"- hardware: {facts['hardware']}",
             f"- versions: torch {facts['torch']}, transformers {facts['transformers']}, Python {facts['python']}",
-            f"- threads: {threads}\n",
+            f"- threads: {threads}",
+            f"- commit: {commit}\n",
             *sections,
         ]
     )
@@ -77,16 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     options.add_argument("--output", type=Path, default=FOLDER.parent / "docs" / "benchmarks.md")
     options = options.parse_args(arguments)
-    sections, failed = [], []
+    sections, failed, commit = [], [], checked_out_commit()
     for script in options.only or SCRIPTS:
-        quick = ["--quick"] if options.quick else []
-        section, status = run(script, ["--threads", str(options.threads), *quick])
+        size = ["--quick"] if options.quick else ARGUMENTS.get(script, [])
+        section, status = run(script, ["--threads", str(options.threads), *size])
         sections.append(section)
         if status:
             failed.append(script)
         # Written after each script: a run takes long, and what was measured should survive its end
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(page(sections, options.threads), encoding="utf-8")
+        options.output.write_text(page(sections, options.threads, commit), encoding="utf-8")
     if failed:
         print(f"error: a bar was missed or the script failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
