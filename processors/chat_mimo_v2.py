@@ -72,11 +72,12 @@ class Media:
 
 
 def take_media(
-    chats: list[list[dict]], batched: bool, without_data: bool = False
+    chats: list[list[dict]], batched: bool, as_text: bool = False
 ) -> tuple[list[list[dict]], dict[str, Media]]:
     """Chats whose media parts only say their kind, and the media. `chats`, of `plain_chats`, stay as they are.
 
-    without_data: whether a medium may come without data, a placeholder for one that comes later.
+    as_text: for text alone: parts have their media beside the kind, which a template may show, and a medium may come
+        without data, a placeholder for one that comes later.
 
     ValueError: a message without a role, a part that is neither text nor a medium, a medium without data or with
     more than one, a key of a part that nobody reads.
@@ -91,9 +92,7 @@ def take_media(
                 raise ValueError(f"{name}.role: expected a text, got {type(message.get('role')).__name__}")
             content = message.get("content")
             if isinstance(content, (list, tuple)):
-                parts = [
-                    _take_part(part, f"{name}.content[{at}]", media, without_data) for at, part in enumerate(content)
-                ]
+                parts = [_take_part(part, f"{name}.content[{at}]", media, as_text) for at, part in enumerate(content)]
                 message = {**message, "content": parts}
             elif not isinstance(content, (str, type(None))):
                 raise ValueError(f"{name}.content: expected a text or a list of parts, got {type(content).__name__}")
@@ -102,26 +101,29 @@ def take_media(
     return emptied, media
 
 
-def _take_part(part: Mapping, name: str, media: dict[str, Media], without_data: bool) -> dict:
+def _take_part(part: Mapping, name: str, media: dict[str, Media], as_text: bool) -> dict:
     kind = part_kind(part, name)
     options = part_options(part, kind, name)
     if kind == "text":
         return {"type": "text", "text": part["text"]}
     found = [key for key in MEDIA_KEYS[kind] if key in part]
-    if len(found) > 1 or not (found or without_data):
+    if len(found) > 1 or not (found or as_text):
         keys = ", ".join(MEDIA_KEYS[kind])
         raise ValueError(f"{name}: expected one {kind} under one of {keys}, got {len(found)}")
-    for key in found:
-        item = part[key]
-        if isinstance(item, Mapping):
-            # of OpenAI: {"url": ...}, and sound in base64 as {"data": ..., "format": ...}
-            item = next((item[key] for key in ("url", "data") if key in item), item)
-        items = _FLATTEN[kind](item)
-        if len(items) != 1:
-            raise ValueError(f"{name}: expected one {kind}, got {len(items)}")
-        media[kind].items += items
-        media[kind].options.append(options)
-    return {"type": kind}
+    if not found:
+        return {"type": kind}
+    key = found[0]
+    item = part[key]
+    if isinstance(item, Mapping):
+        # of OpenAI: {"url": ...}, and sound in base64 as {"data": ..., "format": ...}
+        item = next((item[name] for name in ("url", "data") if name in item), item)
+    items = _FLATTEN[kind](item)
+    if len(items) != 1:
+        raise ValueError(f"{name}: expected one {kind}, got {len(items)}")
+    media[kind].items += items
+    media[kind].options.append(options)
+    # by the names that Transformers shows templates
+    return {"type": kind, "url" if key == f"{kind}_url" else key: item} if as_text else {"type": kind}
 
 
 def part_kind(part: Mapping, name: str) -> str:

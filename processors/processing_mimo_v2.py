@@ -300,7 +300,7 @@ class MiMoV2Processor(ProcessorMixin):
             processor_kwargs["return_tensors"] = return_tensors
         others = {*names, *names_of(self.apply_chat_template), "use_audio_in_video"}
         by_taker = sorted_kwargs(processor_kwargs, others)
-        chats, media = take_media(chats, batched, without_data=not tokenize)
+        chats, media = take_media(chats, batched, as_text=not tokenize)
         if not tokenize:
             texts = super().apply_chat_template(chats, chat_template, tools, **variables)
             return texts if batched else texts[0]

@@ -499,7 +499,7 @@ def test_settings_that_cannot_be_are_refused(processor):
         ({"patch_size": "16"}, "patch_size"),
         ({"image_mean": [0.5]}, "image_mean"),
         ({"max_pixel": 9000}, "`max_pixel`"),
-        ({"size": None}, "size"),
+        ({"size": None}, "`size`"),
     ):
         one_line_error(lambda kwargs=kwargs: processor(image, **kwargs), f"{name}: ")
         one_line_error(lambda kwargs=kwargs: MiMoV2ImageProcessor(**kwargs), f"{name}: ")

@@ -337,6 +337,32 @@ ODD = {
 }
 
 
+# the others are refused
+TAKEN = {
+    "text without type",
+    "text of Responses",
+    "text with an empty image",
+    "text to be cached",
+    "image without type",
+    "image url without type",
+    "image of OpenAI",
+    "image of Responses",
+    "image url elsewhere",
+    "type of its own",
+    "sound of OpenAI",
+    "sound without type",
+    "content None",
+    "no content",
+    "empty content",
+    "tool None",
+    "tool media",
+    "unknown role",
+    "call without arguments",
+    "arguments None",
+    "function None",
+}
+
+
 def outcome(run):
     """A text, or the error."""
     try:
@@ -354,7 +380,8 @@ def test_odd_messages_are_the_same_text_or_the_same_error_in_both_forms(processo
 
     got = outcome(lambda: processor.apply_chat_template(ODD[name]))
     assert outcome(tokenized) == got
-    assert got.startswith("<|im_start|>") or "\n" not in got
+    assert got.startswith("<|im_start|>" if name in TAKEN else "ValueError messages[")
+    assert name in TAKEN or "\n" not in got
 
 
 def test_a_medium_without_data_is_a_placeholder_in_text_alone(processor):
@@ -364,3 +391,12 @@ def test_a_medium_without_data_is_a_placeholder_in_text_alone(processor):
     assert [text.count(f"<|{kind}_pad|>") for kind in ("image", "video", "audio")] == [2, 1, 1]
     with pytest.raises(ValueError, match=r"^messages\[0\]\.content\[0\]: expected one image under one of .*, got 0$"):
         processor.apply_chat_template(chat, tokenize=True)
+
+
+def test_a_template_of_the_users_may_show_the_media_of_a_text(processor):
+    part = "{{ part.type }}={{ part.url or part.image or part.text }} "
+    template = f"{{% for part in messages[0].content %}}{part}{{% endfor %}}"
+    chat = [user(IMAGE, {"type": "image_url", "image_url": {"url": CHART}}, words("Which?"))]
+    for conversation in (chat, converted(chat, as_dataclass)):
+        shown = processor.apply_chat_template(conversation, chat_template=template)
+        assert shown == f"image={CHART} image={CHART} text=Which? "

@@ -582,7 +582,7 @@ def test_settings_that_cannot_be_are_refused(processor, tmp_path):
     for nothing in ([], [[]], None):
         one_line_error(lambda nothing=nothing: processor(nothing), "videos: ")
     one_line_error(lambda: MiMoV2VideoProcessor(max_frames=None), "max_frames: ")
-    one_line_error(lambda: MiMoV2VideoProcessor(frames=3), "frames: ")
+    one_line_error(lambda: MiMoV2VideoProcessor(frames=3), "`frames`: ")
 
 
 def test_num_frames_of_the_settings_gives_way_to_fps_of_the_call():
