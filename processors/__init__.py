@@ -13,6 +13,7 @@ from modeling_mimo.configuration_mimo_v2 import MiMoV2Config
 from .configuration_mimo_audio_tokenizer import MiMoAudioTokenizerConfig
 from .feature_extraction_mimo_v2 import MiMoV2FeatureExtractor
 from .image_processing_mimo_v2 import MiMoV2ImageProcessor
+from .media_opening_mimo_v2 import allow_any_format
 from .modeling_mimo_audio_tokenizer import MiMoAudioTokenizer
 from .processing_mimo_v2 import MiMoV2Processor
 from .response_parsing_mimo_v2 import MiMoV2ResponseStreamParser
@@ -34,4 +35,5 @@ __all__ = [
     "MiMoV2Processor",
     "MiMoV2ResponseStreamParser",
     "MiMoV2VideoProcessor",
+    "allow_any_format",
 ]

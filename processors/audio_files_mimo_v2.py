@@ -18,7 +18,6 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -27,11 +26,10 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from av.audio.stream import AudioStream
-from av.container import InputContainer
 from transformers.utils import logging
 
 from .media_loading_mimo_v2 import ARRAYS, TIMEOUT, open_source
+from .media_opening_mimo_v2 import UnknownSound, file_of, open_container, open_sound, source_name
 
 
 logger = logging.get_logger(__name__)
@@ -137,22 +135,17 @@ class SoundFile(Audio):
 
     def __init__(self, source: str | io.BytesIO, name: str):
         self.source, self.name = source, name
-        with self._opened() as file:
+        with open_sound(source) as file:
             self.rate, self.channels, self.format = file.samplerate, file.channels, file.format
             self.frames, self.duration = file.frames, file.frames / file.samplerate
             lengths = [int(length) for length in CUT_OFF.findall(file.extra_info)]
         if any(length < UNKNOWN_LENGTH for length in lengths):
             raise ValueError(f"{name}: expected a whole audio file, got one that is cut off")
 
-    def _opened(self) -> soundfile.SoundFile:
-        # a copy that shares the bytes, but has a position of its own
-        source = self.source if isinstance(self.source, str) else io.BytesIO(self.source.getvalue())
-        return soundfile.SoundFile(source)
-
     def blocks(self) -> Iterator[np.ndarray]:
         count = 0
         try:
-            with self._opened() as file:
+            with open_sound(self.source) as file:
                 while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                     count += len(block)
                     yield block
@@ -178,7 +171,7 @@ class AvAudio(Audio):
     def _placed(self) -> Iterator[np.ndarray]:
         """Frame by frame, with silence where none was recorded."""
         count = None
-        with _opened_sound(self.source, self.name) as (container, stream):
+        with open_container(self.source, self.name, "audio") as (container, stream):
             # FFmpeg itself leaves out what an encoder put before and behind the sound
             for frame in container.decode(stream):
                 got = frame.sample_rate, frame.layout.nb_channels
@@ -213,17 +206,6 @@ def _merged(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate(waiting)
 
 
-@contextmanager
-def _opened_sound(source: str | io.BytesIO, name: str) -> Iterator[tuple[InputContainer, AudioStream | None]]:
-    """The file and its sound, if it has any. Errors of FFmpeg become ours."""
-    try:
-        with av.open(source if isinstance(source, str) else io.BytesIO(source.getvalue())) as container:
-            yield container, container.streams.best("audio")
-    except av.FFmpegError as error:
-        where = repr(source) if isinstance(source, str) else f"{source.getbuffer().nbytes} bytes"
-        raise ValueError(f"{name}: expected a whole audio or video file, got {where} ({error.strerror})") from None
-
-
 def open_soundtrack(source: str | io.BytesIO, name: str, origin: float | None = 0.0) -> AvAudio | None:
     """The sound of a video file, aligned with its pictures: None where it has none. Reads all packets, but decodes the
     first frame only.
@@ -238,7 +220,7 @@ def open_soundtrack(source: str | io.BytesIO, name: str, origin: float | None = 
         ValueError: a broken file.
     """
     first, end, found = None, None, 0
-    with _opened_sound(source, name) as (container, stream):
+    with open_container(source, name, "audio") as (container, stream):
         if stream is None:
             return None
         is_pcm = stream.codec_context.name.startswith("pcm_")
@@ -320,13 +302,11 @@ def open_audio(item: Any, name: str, rate: float, timeout: float = TIMEOUT) -> A
         sound = SoundFile(source, name)
         if _tells_its_length(source, sound):
             return sound
-    # TypeError: libsndfile's wrapper asks for the format of `.raw` files
-    except (soundfile.LibsndfileError, TypeError):
+    except UnknownSound:
         pass
     sound = open_soundtrack(source, name, origin=None)
     if sound is None:
-        where = repr(source) if isinstance(source, str) else f"{source.getbuffer().nbytes} bytes"
-        raise ValueError(f"{name}: expected a file with sound, got {where} without any")
+        raise ValueError(f"{name}: expected a file with sound, got {source_name(source)} without any")
     return sound
 
 
@@ -334,7 +314,7 @@ def _tells_its_length(source: str | io.BytesIO, sound: SoundFile) -> bool:
     """Whether the file does. If not, libsndfile fails to read FLAC, and stops where it guesses the end of MP3."""
     if sound.format != "MP3":
         return sound.frames < UNKNOWN_FRAMES
-    with open(source, "rb") if isinstance(source, str) else io.BytesIO(source.getvalue()) as file:
+    with file_of(source) as file:
         head = file.read(10)
         # a tag, with a cover maybe, is as long as four times 7 bits say
         length = 10 + sum(byte << 7 * place for place, byte in enumerate(reversed(head[6:])))

@@ -19,12 +19,13 @@ import io
 import os
 import urllib.error
 import urllib.request
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
+
+from .media_opening_mimo_v2 import IMAGE_FORMATS, open_picture, source_name, whole_picture
 
 
 # seconds without an answer after which a server counts as unreachable
@@ -36,9 +37,6 @@ SHORTEST_BASE64 = 64
 ARRAYS = (np.ndarray, torch.Tensor)
 # of arrays: gray, RGB, RGBA
 CHANNELS = (1, 3, 4)
-
-# what Pillow raises on files that are cut off or damaged
-BROKEN_PICTURE = (OSError, SyntaxError, ValueError, EOFError)
 
 # modes of Pillow for one gray value of more than 8 bits per pixel
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -177,37 +175,15 @@ def load_image(item: Any, name: str, timeout: float = TIMEOUT) -> torch.Tensor:
     source = open_source(item, name, timeout)
     picture = open_picture(source, name)
     if picture is None:
-        where = repr(source) if isinstance(source, str) else f"{source.getbuffer().nbytes} bytes of something else"
-        raise ValueError(f"{name}: expected an image file, got {where}")
+        where = f"{source_name(source)} of something else"
+        raise ValueError(f"{name}: expected an image file, got {where}; opened are {', '.join(IMAGE_FORMATS)}")
     with picture:
         return pil_to_rgb(picture, name)
 
 
-def open_picture(source: str | io.BytesIO, name: str, formats: tuple[str, ...] | None = None) -> Image.Image | None:
-    """Reads the header of an image file; None if it is none of `formats`. See `load_image` for the errors."""
-    try:
-        with warnings.catch_warnings():
-            # between once and twice its limit Pillow only warns
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(source, formats=formats)
-    except UnidentifiedImageError:
-        return None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(
-            f"{name}: expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS), "
-            "got more: a decompression bomb?"
-        ) from None
-    except BROKEN_PICTURE as error:
-        raise broken_picture(error, name) from None
-
-
-def broken_picture(error: Exception, name: str) -> ValueError:
-    return ValueError(f"{name}: expected a whole image, got a broken one ({error})")
-
-
 def pil_to_rgb(picture: Image.Image, name: str) -> torch.Tensor:
     """[3, H, W] of the current frame of a Pillow image; see `load_image`."""
-    try:
+    with whole_picture(name):
         if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
@@ -222,8 +198,6 @@ def pil_to_rgb(picture: Image.Image, name: str) -> torch.Tensor:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
-    except BROKEN_PICTURE as error:
-        raise broken_picture(error, name) from None
     if not pixels.size:
         raise ValueError(f"{name}: expected an image with pixels, got {picture.width} x {picture.height}")
     return torch.from_numpy(pixels).permute(2, 0, 1)

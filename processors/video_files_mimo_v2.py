@@ -32,15 +32,13 @@ from PIL import Image
 from .audio_files_mimo_v2 import Audio, open_soundtrack
 from .media_loading_mimo_v2 import (
     ARRAYS,
-    BROKEN_PICTURE,
     TIMEOUT,
-    broken_picture,
     is_pair,
     load_image,
-    open_picture,
     open_source,
     pil_to_rgb,
 )
+from .media_opening_mimo_v2 import open_container, open_picture, whole_picture
 
 
 # animations that Pillow composes as viewers do; FFmpeg reads WebP as a still image only
@@ -144,13 +142,13 @@ class AnimatedPicture(Video):
     def _frames(self) -> Iterator[tuple[int, float]]:
         """Goes to frame after frame: (index, seconds from the first one)."""
         milliseconds = 0
-        for index in range(getattr(self.picture, "n_frames", 1)):
-            try:
+        with whole_picture(self.name):
+            count = getattr(self.picture, "n_frames", 1)
+        for index in range(count):
+            with whole_picture(self.name):
                 self.picture.seek(index)
                 # only then a WebP knows for how long the frame is shown
                 self.picture.load()
-            except BROKEN_PICTURE as error:
-                raise broken_picture(error, self.name) from None
             yield index, milliseconds / 1000
             # browsers show a frame without a duration for a tenth of a second
             milliseconds += self.picture.info.get("duration") or 100
@@ -203,21 +201,14 @@ class VideoFile(Video):
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
-        """The file and its video. Errors of FFmpeg become ours."""
-        if not isinstance(self.source, str):
-            self.source.seek(0)
-        try:
-            with av.open(self.source) as container:
-                stream = container.streams.best("video")
-                # music files have their cover as a video of one frame
-                if stream is None or stream.disposition & Disposition.attached_pic:
-                    kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-                    raise ValueError(f"{self.name}: expected a video, got a file of {kinds}")
-                stream.thread_type = "AUTO"
-                yield container, stream
-        except av.FFmpegError as error:
-            where = repr(self.source) if isinstance(self.source, str) else f"{self.source.getbuffer().nbytes} bytes"
-            raise ValueError(f"{self.name}: expected a whole video file, got {where} ({error.strerror})") from None
+        """The file and its video."""
+        with open_container(self.source, self.name, "video") as (container, stream):
+            # music files have their cover as a video of one frame
+            if stream is None or stream.disposition & Disposition.attached_pic:
+                kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+                raise ValueError(f"{self.name}: expected a video, got a file of {kinds}")
+            stream.thread_type = "AUTO"
+            yield container, stream
 
     def _scan(self, container: InputContainer, stream: VideoStream) -> tuple[av.VideoFrame, list[_Packet]]:
         """The first frame, and the packets of all frames that are shown."""

@@ -762,7 +762,7 @@ BAD_AUDIO = {
     "object": (object(), "a path, URL, bytes, base64, file object, array or pair (samples, rate), got object"),
     "no bytes": (b"", "the bytes of a file, got none"),
     "text": (b"no sound at all" * 20, "a whole audio or video file, got 300 bytes"),
-    "picture": (image_file(picture(64, 64), "PNG"), "a file with sound"),
+    "picture": (image_file(picture(64, 64), "PNG"), "a container that is opened"),
     "header only": (WAV[:44], "cut off"),
     "WAV of NaN": (sound_file(np.full(999, np.nan), RATE, "WAV", "FLOAT"), "numbers as samples, got NaN"),
     "WAV without samples": (sound_file(np.zeros((0, 1)), RATE, "WAV", "PCM_16"), "more than 20 ms of sound, got 0 ms"),
