@@ -16,7 +16,6 @@ from .serve import SHUTDOWN_TIMEOUT, listener
 MAX_NEW_TOKENS = 512
 # the page may load nothing from elsewhere, whatever an answer contains
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
-MAX_UPLOAD = "2gb"
 LOCAL_NAMES = ["127.0.0.1", "localhost"]
 
 
@@ -92,14 +91,16 @@ def guarded(app):
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from .demo_web_doors import MAX_UPLOAD, Doors
     from .demo_web_style import CSS, FONTS, MONO_FONTS
 
     web = FastAPI(openapi_url=None)
+    web.add_middleware(Doors)
     web.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)
     web.add_middleware(ContentPolicy)
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=MONO_FONTS)
     folders = sorted({os.path.dirname(path) for path in app.example_files})
-    return gr.mount_gradio_app(
+    mounted = gr.mount_gradio_app(
         web,
         app,
         path="/",
@@ -112,3 +113,6 @@ def guarded(app):
         ssr_mode=False,
         mcp_server=False,
     )
+    # without it gradio checks no path of a question: it takes a mounted page for one that is still being built
+    app.has_launched = True
+    return mounted
