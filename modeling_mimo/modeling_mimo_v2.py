@@ -329,7 +329,8 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
     @capture_outputs
     @auto_docstring
     @takes_cache
-    @refuses_unknown_names(*PASSED_ON, *MEDIA_NAMES)
+    # TRL's distillation gives the backbone `logits_to_keep` too, and cuts the hidden states itself
+    @refuses_unknown_names(*PASSED_ON, *MEDIA_NAMES, "logits_to_keep")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -117,7 +117,7 @@ def test_accumulated_steps_are_those_of_the_whole_batch(folder, collator, tmp_pa
         callbacks,
         (
             {},
-            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "activation_checkpointing": True},
         ),
     ):
         model = load(folder, mtp_loss_weight=0.1)

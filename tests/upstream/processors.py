@@ -146,9 +146,6 @@ PARTS = {
         "AutoVideoProcessor needs torchvision; AutoProcessor does not": (
             "processor_from_and_save_pretrained_as_nested_dict",
         ),
-        "a template learns the kind of a medium, which the processor opens (tests/test_messages_mimo_v2.py)": (
-            "chat_template_message_objects",
-        ),
         "images are always normalized: there is no `do_normalize`": ("save_load_pretrained_additional_features",),
         "vLLM asks for these numbers, and has a processor of its own for this model": (
             "get_num_multimodal_tokens_matches_processor_call*",
