@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import modeling_mimo
 from modeling_mimo import HybridCache
+from modeling_mimo.cli.main import main
 from modeling_mimo.versions_mimo_v2 import check_transformers
 
 
@@ -136,8 +137,20 @@ def test_the_pins_are_the_first_and_the_last_line_that_is_supported():
     assert all(f"| {pin} " in page for pin in pins.values())
 
 
-def test_the_version_is_that_of_the_distribution():
+def test_the_version_is_that_of_the_distribution(capsys):
     assert modeling_mimo.__version__ == version("modeling-mimo")
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    installed = f"transformers {version('transformers')}, torch {version('torch')}"
+    assert capsys.readouterr().out == f"mimo {modeling_mimo.__version__} ({installed})\n"
+
+
+def test_importing_says_nothing():
+    """Each line complains at import of arguments whose docstrings it does not understand."""
+    code = "import modeling_mimo, modeling_mimo.processors, modeling_mimo.modeling_mimo_v2"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # names of Transformers that begin with an underscore or that no document promises, and the arguments we give them or
