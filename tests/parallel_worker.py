@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,8 +26,6 @@ from modeling_mimo.parallel_mimo_v2 import replicated_attention
 
 FOLDERS = {name: Path(folder) for name, folder in json.loads(Path(sys.argv[1]).read_text()).items()}
 OUTPUT = Path(sys.argv[2])
-# how long a rank waits for another that stopped
-PATIENCE = timedelta(seconds=60)
 TOKENS, LEARNING_RATE, MTP_WEIGHT = 6, 0.5, 0.3
 
 
@@ -252,7 +251,7 @@ FOUR = {
 
 def run_rank(rank: int, size: int) -> None:
     store = dist.FileStore(str(OUTPUT / f"store.{size}"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE))
     results = {}
     for name, scenario in {2: TWO, 4: FOUR}[size].items():
         try:

@@ -9,6 +9,7 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
+from patience import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import assert_near, token_ids
@@ -542,7 +543,7 @@ def measured(checkpoints, tmp_path_factory):
     write_random_checkpoint(folder, "tiny", dtype="fp8", overrides=shape, with_tokenizer=False)
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, checkpoints["fp8_fused"], folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -1,11 +1,11 @@
 import functools
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import counted_calls
 from safetensors.torch import save_file
 
 from modeling_mimo.checkpoint_mimo_v2 import (
@@ -441,12 +441,11 @@ def test_files_without_heads_of_a_config_that_has_some():
         check_tensors(tiny_config(num_mtp_layers=1), tensors_of(tiny_config(num_mtp_layers=0)))
 
 
-def test_the_release_passes_quickly_and_one_row_less_fails():
+def test_the_release_passes_with_little_work_and_one_row_less_fails():
     config, tensors = v2_5()[0], dict(v2_5()[1])
-    # processor time, so that a busy machine does not fail this
-    start = time.process_time()
-    report = check_tensors(config, tensors)
-    assert time.process_time() - start < 2
+    report, calls = counted_calls(lambda: check_tensors(config, tensors))
+    # 7 for each
+    assert calls < 15 * len(tensors)
     assert (report.layout, report.layout_source, report.fp8) == ("chunked", "scale grid of 9 layers", True)
     assert report.parts["experts"]["parameters"] == 302_795_194_368
     assert report.parts["mtp"]["bytes"] == 1_189_400_448

@@ -6,11 +6,11 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -386,14 +386,13 @@ def test_a_real_terminal_with_ctrl_c_and_ctrl_d(folders):
     os.close(terminal)
     screen = ""
 
-    def wait_for(text, seconds=60):
+    def wait_for(text):
         """Reads up to `text` and forgets what was on the screen before its end."""
         nonlocal screen
-        end = time.monotonic() + seconds
-        while text not in screen and time.monotonic() < end:
-            if select.select([controller], [], [], 0.2)[0]:
-                screen += os.read(controller, 65536).decode("utf-8", "replace")
-        assert text in screen, screen
+        while text not in screen:
+            assert select.select([controller], [], [], PATIENCE)[0], screen
+            # OSError when the process has ended
+            screen += os.read(controller, 65536).decode("utf-8", "replace")
         screen = screen.partition(text)[2]
 
     try:
@@ -409,7 +408,7 @@ def test_a_real_terminal_with_ctrl_c_and_ctrl_d(folders):
         wait_for("KV cache: ")
         wait_for(">>> ")
         os.write(controller, b"\x04")
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         os.close(controller)

@@ -1,12 +1,13 @@
 """A conversion that ends in the middle: nothing loads as if complete, and going on gives the same bytes."""
 
 import errno
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import time
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -34,17 +35,48 @@ def source(checkpoints, tmp_path):
     return shutil.copytree(checkpoints["fp8_fused"], tmp_path / "source")
 
 
-def start_in_a_process(source, out, **options):
-    """The id of a forked process that converts, and goes on with what is there; its status is 0 when it is done."""
+class Moments:
+    """Counts what this process does to files; with number `last` it is killed, a write is done by half before."""
+
+    def __init__(self, last=None):
+        self.last, self.passed, self.pwrite = last, itertools.count(1), os.pwrite
+        os.pwrite, os.fsync = self.write, self.before(os.fsync)
+        sys.addaudithook(lambda event, _: (event == "open" or event.startswith("os.")) and self.pass_by())
+
+    def pass_by(self, do=lambda: None):
+        if next(self.passed) == self.last:
+            do()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(self, function):
+        return lambda *args: (self.pass_by(), function(*args))[1]
+
+    def write(self, file, data, offset):
+        self.pass_by(lambda: self.pwrite(file, data[: len(data) // 2], offset))
+        return self.pwrite(file, data, offset)
+
+
+def convert_in_a_process(source, out, last=None, count=None, **options):
+    """Converts in a forked process, going on with what is there; returns whether it was killed at moment `last`.
+
+    count: a file to write the number of its moments to.
+    """
     process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        run(source, out, resume=True, **options)
-        status = 0
-    finally:
-        os._exit(status)
+    if not process:
+        status = 1
+        try:
+            moments = Moments(last)
+            run(source, out, resume=True, **options)
+            if count is not None:
+                count.write_text(str(next(moments.passed)))
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(process, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0
+    return False
 
 
 def finished_files(partial):
@@ -59,19 +91,12 @@ def finished_files(partial):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(checkpoints, tmp_path, jobs):
     source, out, partial = checkpoints["fp8_omni"], tmp_path / "out", tmp_path / "out.partial"
-    begin = time.monotonic()
-    run(source, tmp_path / "whole", **OPTIONS)
-    # a disk that was busy says nothing about the moments that matter
-    duration = min(time.monotonic() - begin, 3)
+    assert not convert_in_a_process(source, tmp_path / "whole", count=tmp_path / "count", jobs=jobs, **OPTIONS)
+    moments = int((tmp_path / "count").read_text())
     expected = digests(tmp_path / "whole")
     choose, kills, done = random.Random(jobs), 0, {}
     while kills < 10:
-        process = start_in_a_process(source, out, jobs=jobs, **OPTIONS)
-        time.sleep(choose.uniform(0, duration / 3))
-        os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
+        kills += convert_in_a_process(source, out, choose.randint(1, moments // 3), jobs=jobs, **OPTIONS)
         if out.exists():
             # the whole folder has its name, or the last step alone was missing
             if (out / JOURNAL_NAME).exists():
@@ -259,7 +284,8 @@ def test_tasks_wait_until_their_bytes_fit():
         with budget.hold(nbytes):
             alive.append(nbytes)
             most.append(sum(alive))
-            time.sleep(0.002)
+            # others may go ahead
+            os.sched_yield()
             alive.remove(nbytes)
 
     with ThreadPoolExecutor(8) as pool:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE, settled
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_mimo.cli.demo_web import page_server
@@ -63,16 +63,6 @@ def conversations(loaded):
 
 def ask(session, text="What is in it?", files=(), drafting=True):
     return session.answer(text, [str(file) for file in files], drafting, False, lambda delta: None)
-
-
-def settled(predicate, seconds=60):
-    """Whether it comes true in that time."""
-    end = time.monotonic() + seconds
-    while not predicate():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 class TestSession:
@@ -346,7 +336,7 @@ class TestServer:
                 assert response.status == 200
                 assert list(tmp_path.glob("mimo-demo-*"))
                 process.send_signal(ending)
-                out, err = process.communicate(timeout=60)
+                out, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
         assert (process.returncode, out) == (0, "")
@@ -390,17 +380,17 @@ class Tab:
         browser.get(address)
         self.find("#box textarea")
 
-    def find(self, selector, seconds=60):
+    def find(self, selector):
         found = []
-        assert settled(lambda: found.extend(self.browser.find_elements("css selector", selector)) or found, seconds)
+        assert settled(lambda: found.extend(self.browser.find_elements("css selector", selector)) or found)
         return found[0]
 
     def text(self, selector):
         # read at once: an element may be replaced between finding and reading it
         return self.browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
 
-    def reads(self, selector, pattern, seconds=60):
-        assert settled(lambda: re.search(pattern, self.text(selector)), seconds), self.text(selector)
+    def reads(self, selector, pattern):
+        assert settled(lambda: re.search(pattern, self.text(selector))), self.text(selector)
         return re.search(pattern, self.text(selector))
 
     def attach(self, path):

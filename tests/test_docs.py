@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from markdown_pages import read_page
+from patience import PATIENCE
 from run_page import MAKE, ROOT
 
 from modeling_mimo.cli.main import build_parser
@@ -54,7 +55,7 @@ def test_every_block_runs(page, folder):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(RUNNER), page]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-6000:]
 
 

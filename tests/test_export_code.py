@@ -12,6 +12,7 @@ import pytest
 import torch
 from audio_media import sound
 from media import picture
+from patience import PATIENCE
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -126,7 +127,7 @@ def alone(folders, given):
     }
     paths = [str(path) for path in (*folders, root / "given.pt", root / "result.pt")]
     command = [sys.executable, "-c", ALONE, *paths]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return torch.load(root / "result.pt")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from patience import PATIENCE
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
@@ -47,9 +48,6 @@ CHECKPOINTS = {
 # float32 sums over ranks in another order; logits are up to 5
 TOLERANCE = 1e-5
 
-# seconds until ranks that wait for each other are stopped
-TIMEOUT = 240
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -61,12 +59,12 @@ def folders(tmp_path_factory):
 
 
 def run(command: list) -> str:
-    """What `command` prints; it and the processes it started are killed after TIMEOUT."""
+    """What `command` prints; it and the processes it started are killed after PATIENCE."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
         try:
-            output, errors = process.communicate(timeout=TIMEOUT)
+            output, errors = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -8,6 +8,7 @@ from threading import Thread
 import pytest
 import torch
 from openai.types.chat import ChatCompletionMessage
+from patience import PATIENCE
 from transformers import (
     AnyToAnyPipeline,
     AutoModelForCausalLM,
@@ -227,7 +228,7 @@ def test_streamers_get_the_answer(pipe, task, options, capsys):
     assert len(expected) > 12
     ask(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     assert capsys.readouterr().out.removesuffix("\n") == expected
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=PATIENCE)
     thread = Thread(target=ask, args=[streamer])
     thread.start()
     assert "".join(streamer) == expected

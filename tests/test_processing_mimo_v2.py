@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 from transformers.utils import logging as transformers_logging
@@ -184,7 +185,7 @@ def test_other_models_get_what_they_get_without_this_package(released, tmp_path)
         )
         for imports in ("", "import modeling_mimo, modeling_mimo.processors")
     ]
-    outputs = [run.communicate(timeout=300)[0].splitlines() for run in runs]
+    outputs = [run.communicate(timeout=PATIENCE)[0].splitlines() for run in runs]
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == len(folders)
     assert "LlavaProcessor" in outputs[0]

@@ -6,6 +6,7 @@ import sys
 import pytest
 import test_docs
 from markdown_pages import read_page
+from patience import PATIENCE
 from run_page import ROOT
 
 
@@ -47,7 +48,7 @@ def run(folder, text):
     page = folder / "page.md"
     page.write_text(text, encoding="utf-8")
     command = [sys.executable, str(ROOT / "tests" / "run_page.py"), str(page)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
     return done.returncode, done.stderr.replace(str(page), "page.md")
 
 

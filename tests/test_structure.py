@@ -1,6 +1,7 @@
 """What is installed and imported: one top-level package, no side effect but registration, no hidden defaults."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for folder in ("modeling_mimo", "processors") for path in (ROOT / folder).glob("*.py"))
 FOLDERS = ("processors", "conversion", "cli", "training")
+TESTS = sorted(path for path in (ROOT / "tests").glob("*.py") if path.name != "patience.py")
+# (file, seconds): tests of what an argument `timeout` of ours does
+TIMEOUTS = {("test_image_processing_mimo_v2.py", "0.2")}
 
 
 def tree(path):
@@ -29,7 +34,7 @@ def calls(path, function):
 
 def run_python(code):
     # elsewhere, so that the folders of the checkout are not importable by accident
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -151,3 +156,19 @@ def test_the_package_imports_siblings_and_never_the_other_folders(path):
     assert not {module for module in modules if module.split(".")[0] in ("modeling_mimo", *FOLDERS)}
     # flat: one dot and one name
     assert not {module for module in modules if module.startswith("..") or module.lstrip(".").split(".")[0] in FOLDERS}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_no_test_looks_at_the_clock(path):
+    """A busy machine would fail it. Also in the programs that tests start, which are strings here."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"\btime\.(?:time|monotonic|perf_counter|process_time|sleep)\b|\bsignal\.alarm\b", text)
+    assert not re.findall(r"^ *(?:import|from) time\b", text, re.MULTILINE)
+    deadlines = [
+        ast.unparse(keyword.value)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "timeout"
+    ]
+    assert {(path.name, value) for value in deadlines if "PATIENCE" not in value} <= TIMEOUTS
