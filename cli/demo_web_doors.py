@@ -1,17 +1,14 @@
 """Who may ask the page of `mimo demo --web` for what: browsers of this machine, from the page itself, for their files.
 
 Gradio finds a user by a name that the client makes up, and takes any path of its upload folder from everybody. Here a
-browser gets a signed cookie; uploads and sessions belong to the cookie that came with them.
+browser gets a cookie that nobody guesses; uploads and sessions belong to the cookie that came with them.
 """
 
-import hashlib
-import hmac
 import json
 import os
 import re
 import secrets
 from collections import Counter
-from http.cookies import SimpleCookie
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from starlette.responses import JSONResponse
@@ -58,7 +55,6 @@ class Doors:
 
     def __init__(self, app):
         self.app = app
-        self.key = secrets.token_bytes(32)
         self.owners: dict[str, set[str]] = {}
         self.sessions: dict[str, str] = {}
         self.arriving: Counter[str] = Counter()
@@ -80,10 +76,12 @@ class Doors:
         if method not in ROUTES or not ROUTES[method].fullmatch(path):
             raise Refused(404, f"{method} {path[:80]!r}: expected a request that the page makes")
         check_origin(headers, is_page=method == "GET" and path == "/")
+        # browsers share cookies between the ports of a machine
         cookie = f"mimo_{scope['server'][1]}"
-        owner = self._owner(headers, cookie)
-        if owner == "" and path in ("/", "/config"):
-            send = with_cookie(send, f"{cookie}={self._signed(secrets.token_urlsafe(24))}")
+        found = re.search(rf"(?:^|; ?){cookie}=([\w-]{{32}})(?:;|$)", headers.get("cookie", ""), re.ASCII)
+        owner = found[1] if found else ""
+        if not found and path in ("/", "/config"):
+            send = with_cookie(send, f"{cookie}={secrets.token_urlsafe(24)}")
         if path == f"{API}upload":
             await self._upload(scope, receive, send, owner, headers)
             return
@@ -95,20 +93,6 @@ class Doors:
             receive = await self._checked_body(receive, owner)
         await self.app(scope, receive, send)
 
-    def _signed(self, token: str) -> str:
-        return f"{token}.{hmac.new(self.key, token.encode(), hashlib.sha256).hexdigest()}"
-
-    def _owner(self, headers: dict[str, str], name: str) -> str:
-        """The token of a cookie from here; "" for any other and for none."""
-        cookies = SimpleCookie()
-        # a cookie of somebody else may be malformed
-        for part in headers.get("cookie", "").split(";"):
-            if part.strip().startswith(f"{name}="):
-                cookies.load(part)
-        value = cookies[name].value if name in cookies else ""
-        token = value.partition(".")[0]
-        return token if hmac.compare_digest(self._signed(token).encode(), value.encode()) else ""
-
     def _check_session(self, session: str, owner: str) -> str:
         """Whose files the session may use. Refused: it is somebody else's."""
         owner = owner or f"session {session}"
@@ -118,7 +102,7 @@ class Doors:
 
     def _check_read(self, path: str, owner: str) -> None:
         """Refused: an upload of somebody else, or what is no path. Gradio checks whether it lies in its folders."""
-        if not os.path.isabs(path) or os.path.normpath(path) != path or os.path.islink(path):
+        if not os.path.isabs(path) or os.path.normpath(path) != path:
             raise Refused(403, f"{path[:80]!r}: expected the plain path of a file of the page")
         if path in self.owners and owner not in self.owners[path]:
             raise Refused(403, f"{os.path.basename(path)!r}: expected a file that this browser uploaded")

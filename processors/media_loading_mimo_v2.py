@@ -133,11 +133,30 @@ def _checked_file(path: str, name: str) -> str:
     return path
 
 
+def _web() -> urllib.request.OpenerDirector:
+    """Opens http(s) alone: what urllib opens by itself follows redirects to ftp as well."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+_WEB = _web()
+
+
 def _download(url: str, name: str, timeout: float) -> io.BytesIO:
     try:
         # some servers refuse Python's own name
         request = urllib.request.Request(url, headers={"User-Agent": "modeling-mimo"})
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with _WEB.open(request, timeout=timeout) as response:
             data = response.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if type(error) is urllib.error.URLError else error

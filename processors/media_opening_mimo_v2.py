@@ -36,7 +36,9 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # by libsndfile
 SOUND_FORMATS = ("AIFF", "AU", "CAF", "FLAC", "MP3", "OGG", "RF64", "W64", "WAV", "WAVEX")
 # how these begin; MP3 without a tag with 11 bits of a frame
-SOUND_MAGIC = re.compile(rb"FORM|\.snd|dns\.|caff|fLaC|ID3|\xff[\xe0-\xff]|OggS|RF64|riff|RIF[FX]", re.DOTALL)
+SOUND_MAGIC = re.compile(
+    rb"FORM....AIF[FC]|RIF[FX]....WAVE|RF64|riff|\.snd|dns\.|caff|fLaC|OggS|ID3|\xff[\xe0-\xff]", re.DOTALL
+)
 # demuxers of FFmpeg, all of which need one file alone; raw streams behind those with an index
 CONTAINERS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf"),
@@ -152,7 +154,7 @@ def _check_codec(stream: Stream, name: str) -> None:
 def open_sound(source: str | io.BytesIO) -> Iterator[soundfile.SoundFile]:
     """A file that libsndfile reads. Raises UnknownSound if it does not."""
     with file_of(source) as file:
-        head = file.read(4)
+        head = file.read(12)
         file.seek(0)
         if not (_any_format or SOUND_MAGIC.match(head)):
             raise UnknownSound(source_name(source))

@@ -11,13 +11,16 @@ import json
 import os
 import socket
 import struct
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
+import soundfile
 from audio_media import sound
 from audio_media import sound_file as sound_bytes
 from media import clip, image_file, picture, video_file
@@ -214,7 +217,10 @@ def test_formats_of_pictures_outside_the_list_are_refused(tmp_path, format):
 @pytest.mark.parametrize("format", ["VOC", "SVX", "NIST", "XI", "MAT5", "PVF", "HTK", "AVR", "PAF", "IRCAM"])
 def test_formats_of_sound_outside_the_list_are_refused(format):
     data = sound_bytes(sound(0.2, 16000), 16000, format, "DPCM_16" if format == "XI" else None)
-    refusal(OPENERS["audio"], data)
+    with pytest.MonkeyPatch.context() as patch:
+        # libsndfile never gets it
+        patch.delattr(soundfile, "SoundFile")
+        refusal(OPENERS["audio"], data)
     # a tag ahead of it, which libsndfile skips, changes nothing
     refusal(OPENERS["audio"], b"ID3\x04\x00\x00\x00\x00\x00\x00" + data)
 
@@ -326,6 +332,50 @@ def test_a_wave_of_an_unknown_codec_is_refused_by_name():
     data = bytearray(wave())
     data[20:22] = struct.pack("<H", 0x7A7A)
     assert "an unknown codec" in refusal(OPENERS["audio"], bytes(data))
+
+
+@pytest.mark.parametrize("error", [IndexError("a\nb"), AttributeError("a"), ZeroDivisionError(), RuntimeError("a")])
+def test_whatever_is_raised_while_a_container_is_open_is_one_line(tmp_path, error):
+    path = video_file(tmp_path / "a.mp4", clip(4))
+
+    def decode(item):
+        with opening.open_container(item, "videos[0]", "video"):
+            raise error
+
+    assert repr(error) in refusal(decode, path)
+
+
+def test_metadata_that_is_no_text_is_no_reason_to_refuse_a_video(tmp_path):
+    data = Path(video_file(tmp_path / "a.mp4", clip(4))).read_bytes()
+    assert b"Lavf" in data
+    assert len(open_video(data.replace(b"Lavf", b"\xff\xfe\xff\xfe"), "videos[0]", 1.0).times) == 4
+
+
+class Redirect(BaseHTTPRequestHandler):
+    target = ""
+
+    def do_GET(self):
+        self.send_response(302)
+        self.send_header("Location", self.target)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "data", "gopher"])
+def test_a_download_is_led_to_no_other_protocol(listener, scheme):
+    Redirect.target = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/private.png"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(OSError, match=r"^images\[0\]: expected an answer"):
+                load_image(f"http://127.0.0.1:{server.server_port}/a.png", "images[0]", 5)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert_nobody_came(listener)
 
 
 # ---- one place

@@ -172,8 +172,9 @@ def test_a_session_has_nothing_of_another(visitors, served):  # noqa: F811
     # and not as it either
     bob.session = ann.session
     assert bob.ask()[0] == 403
-    assert bob.get(f"/gradio_api/queue/data?session_hash={ann.session}")[0] == 403
-    assert bob.get(f"/gradio_api/heartbeat/{ann.session}")[0] == 403
+    # streams that are open would not end
+    assert bob.send(f"/gradio_api/queue/data?session_hash={ann.session}", method="HEAD")[0] == 403
+    assert bob.send(f"/gradio_api/heartbeat/{ann.session}", method="HEAD")[0] == 403
     assert bob.post("/gradio_api/cancel", {"session_hash": ann.session, "event_id": "a", "fn_index": 0})[0] == 403
     stranger = Visitor(served[0], "cem333", has_cookies=False)
     assert stranger.read(path)[0] == 403
@@ -192,7 +193,7 @@ def test_without_cookies_a_file_is_that_of_the_first_session_that_asks(served): 
     assert bob.read(path)[0] == 403
 
 
-@pytest.mark.parametrize("cookie", ["", "a.b", "a.", ".", '"', "é", "a" * 5000, "a=b; c; =;;"])
+@pytest.mark.parametrize("cookie", ["", "a" * 32, "session ann1", '"', "é", "a" * 5000, "a=b; c; =;;"])
 def test_a_cookie_that_is_made_up_opens_nothing(served, visitors, cookie):  # noqa: F811
     (path,) = visitors[0].upload(CHART)
     port = served[0].rpartition(":")[2]
