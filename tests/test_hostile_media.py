@@ -24,6 +24,7 @@ import soundfile
 from audio_media import sound
 from audio_media import sound_file as sound_bytes
 from media import clip, image_file, picture, video_file
+from patience import PATIENCE
 from PIL import EpsImagePlugin, Image
 from test_cli_serve import folders, loaded, running  # noqa: F401
 
@@ -409,7 +410,7 @@ def answer_of(address, part):
         f"{address}/v1/chat/completions", body, {"Content-Type": "application/json"}, method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

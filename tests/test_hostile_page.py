@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from test_demo_web import MEDIA, folder, loaded, served  # noqa: F401
 
 
@@ -39,7 +40,7 @@ class Visitor:
     def send(self, path, data=None, headers=None, method=None):
         request = urllib.request.Request(self.address + path, data, headers or {}, method=method)
         try:
-            with self.opener.open(request, timeout=60) as response:
+            with self.opener.open(request, timeout=PATIENCE) as response:
                 return response.status, response.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -276,7 +277,7 @@ def test_uploads_are_few_and_small(visitors, monkeypatch, tmp_path):
 
 def test_an_upload_without_a_length_is_refused(visitors):
     ann, _ = visitors
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(ann.address).netloc, timeout=60)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(ann.address).netloc, timeout=PATIENCE)
     connection.putrequest("POST", "/gradio_api/upload")
     connection.putheader("Content-Type", f"multipart/form-data; boundary={BOUNDARY}")
     connection.putheader("Transfer-Encoding", "chunked")
