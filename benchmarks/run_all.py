@@ -20,9 +20,9 @@ FOLDER = Path(__file__).resolve().parent
 ARGUMENTS = {
     "vision.py": ["--repeats", "1"],
     "hearing.py": ["--repeats", "2"],
-    "mtp.py": ["--minutes", "6"],
+    "mtp.py": ["--steps", "680"],
     "mtp_memory.py": ["--context", "16384"],
-    "quantized.py": ["--minutes", "4"],
+    "quantized.py": ["--steps", "450"],
 }
 # script -> heading
 SCRIPTS = {

@@ -125,6 +125,14 @@ def test_all_benchmarks_make_a_page(load, tmp_path):
     assert "PASS: largest difference from grouped_mm" in text
 
 
+def test_scripts_know_the_arguments_that_the_page_is_measured_with(load, capsys):
+    for script, arguments in load("benchmarks/run_all.py").ARGUMENTS.items():
+        with pytest.raises(SystemExit):
+            load(f"benchmarks/{script}").main(["--help"])
+        words = capsys.readouterr().out.split()
+        assert {word for word in arguments if word.startswith("--")} <= {word.strip("[],") for word in words}, script
+
+
 def test_a_benchmark_that_is_wrong_or_too_slow_ends_with_status_1(load, capsys):
     common = load("benchmarks/common.py")
     for value, status in ((2.0, 0), (0.5, 1), (float("nan"), 1), (None, 0)):
