@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.models.mimo_v2_flash import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
 from modeling_mimo.cache_mimo_v2 import HybridCache, cache_fingerprint
+from modeling_mimo.cache_names_mimo_v2 import CACHE_NAME
 
 
 WINDOW = 6
@@ -557,7 +558,7 @@ def prompt(batch=1, length=23, period=None):
 def test_cached_and_chunked_equal_the_full_forward(model, chunks):
     ids, cache = prompt(2), HybridCache(model.config, max_rollback=ROLLBACK)
     full = model(ids, use_cache=False).logits
-    parts = [model(part, cache=cache).logits for part in ids.split(chunks, dim=1)]
+    parts = [model(part, **{CACHE_NAME: cache}).logits for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-5)
 
 
@@ -567,19 +568,19 @@ def test_left_padding_with_the_cache_equals_no_padding(model):
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     mask = (torch.arange(26) >= 3).long()[None]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    model(padded[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], cache=cache)
-    last = model(padded[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], cache=cache).logits
+    model(padded[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], **{CACHE_NAME: cache})
+    last = model(padded[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **{CACHE_NAME: cache}).logits
     torch.testing.assert_close(last[:, -1], model(ids, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_rollback_in_the_model_equals_never_drafted(model):
     ids, cache = prompt(), HybridCache(model.config, max_rollback=ROLLBACK)
-    model(ids[:, :15], cache=cache)
+    model(ids[:, :15], **{CACHE_NAME: cache})
     for position in range(15, 22):
-        model(torch.cat([ids[:, position : position + 1], prompt(1, 4)], 1), cache=cache)
+        model(torch.cat([ids[:, position : position + 1], prompt(1, 4)], 1), **{CACHE_NAME: cache})
         cache.crop(-4)
-    last = model(ids[:, 22:], cache=cache).logits[:, -1]
+    last = model(ids[:, 22:], **{CACHE_NAME: cache}).logits[:, -1]
     torch.testing.assert_close(last, model(ids, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
 
 
@@ -597,9 +598,9 @@ def test_rollback_in_the_model_equals_never_drafted(model):
 def test_generate_equals_dynamic_cache(model, batch, options):
     ids = prompt(batch, period=7)
     settings = {"max_new_tokens": 24, "do_sample": False, **options}
-    reference = model.generate(ids, cache=DynamicCache(config=model.config), **settings)
+    reference = model.generate(ids, **{CACHE_NAME: DynamicCache(config=model.config)}, **settings)
     cache = HybridCache(model.config, max_rollback=ROLLBACK)
-    assert torch.equal(model.generate(ids, cache=cache, **settings), reference)
+    assert torch.equal(model.generate(ids, **{CACHE_NAME: cache}, **settings), reference)
     assert cache.get_seq_length() >= 23 + 24 - 1
     assert cache.layers[1].keys.shape[2] <= WINDOW - 1 + ROLLBACK
     assert not cache.is_compileable
@@ -609,7 +610,7 @@ def test_prompt_lookup_really_drafts_and_rolls_back(model, monkeypatch):
     crops, crop = [], HybridCache.crop
     monkeypatch.setattr(HybridCache, "crop", lambda self, n: crops.append(n) or crop(self, n))
     cache = HybridCache(model.config, max_rollback=ROLLBACK)
-    model.generate(prompt(1, period=7), cache=cache, max_new_tokens=24, prompt_lookup_num_tokens=3)
+    model.generate(prompt(1, period=7), **{CACHE_NAME: cache}, max_new_tokens=24, prompt_lookup_num_tokens=3)
     assert min(crops) < 0
 
 
@@ -619,11 +620,11 @@ def test_generate_continues_from_a_fork_a_snapshot_and_a_file(model, tmp_path):
     reference = model.generate(ids, **settings)
     cache = HybridCache(model.config)
     with torch.no_grad():
-        model(prefix, cache=cache)
+        model(prefix, **{CACHE_NAME: cache})
     snapshot = cache.snapshot()
     cache.save(tmp_path / "cache")
     for reused in (cache.fork(), HybridCache.load(tmp_path / "cache", model.config), cache):
-        assert torch.equal(model.generate(ids, cache=reused, **settings), reference)
+        assert torch.equal(model.generate(ids, **{CACHE_NAME: reused}, **settings), reference)
     cache.restore(snapshot)
-    assert torch.equal(model.generate(ids, cache=cache, **settings), reference)
+    assert torch.equal(model.generate(ids, **{CACHE_NAME: cache}, **settings), reference)
     json.dumps(cache.nbytes())
