@@ -8,8 +8,9 @@ OLDEST := .venv-oldest
 # what touches Transformers: loading, cache, generation, MTP, pipelines, server, Trainer, export
 TOUCHES_TRANSFORMERS := $(addprefix tests/test_,adapters.py bitsandbytes.py cache_mimo_v2.py cli_serve.py compile.py \
   export_code.py fp8.py generation_mtp_mimo_v2.py loading.py micro.py modeling_mimo_v2.py modeling_mimo_v2_mtp.py \
-  mtp_training.py multimodal.py offload.py parallel.py pipelines.py refusals.py structure.py switches.py \
-  training_lora.py training_trainer.py training_trl.py versions.py)
+  messages_mimo_v2.py mtp_training.py multimodal.py offload.py parallel.py pipelines.py refusals.py structure.py \
+  switches.py training_collator.py training_lora.py training_trainer.py training_trl.py unknown_names.py \
+  unknown_processor_names.py versions.py)
 
 # where `make micro` keeps its stages; each is made once, a stopped one goes on where it was
 RUNS := build/micro
