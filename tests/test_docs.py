@@ -60,6 +60,13 @@ def test_every_block_runs(page, folder):
 
 
 @every_page
+def test_no_block_waits_for_a_time(page):
+    """A busy machine would not be done: what is started and waited for runs on, or has ended."""
+    waiting = [block for block in read_page(ROOT / page).blocks if "sleep" in block.code]
+    assert [block.line for block in waiting if "kill -0" not in block.code] == []
+
+
+@every_page
 def test_every_block_has_a_known_language(page):
     for block in read_page(ROOT / page).blocks:
         assert block.language in LANGUAGES, f"{page}:{block.line}"
