@@ -156,6 +156,9 @@ class MiMoV2GenerationMixin(GenerationMixin):
             ValueError: as in Transformers, for what drafting cannot do (see `check_mtp`), and for an argument that
                 nobody reads.
         """
+        if not isinstance(generation_config, (GenerationConfig, type(None))):
+            got = type(generation_config).__name__
+            raise ValueError(f"`generation_config`: expected a GenerationConfig, got {got}.")
         kwargs, given = rename_cache(kwargs), generation_config
         defaults = [config.use_mtp for config in (given, self.generation_config) if config is not None]
         if any(defaults) and given is None:

@@ -27,6 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
+from .cache_names_mimo_v2 import takes_cache
 from .configuration_mimo_v2 import MiMoV2Config
 from .modeling_mimo_v2_base import (
     MiMoV2MLP,
@@ -153,6 +154,8 @@ class MiMoV2Attention(nn.Module):
             start += step.shape[1]
         return whole
 
+    # layers hand on what they are called with, also by hand
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -40,20 +40,24 @@ def refuses_unknown_names(*passed_on: str) -> Callable[[Callable], Callable]:
 
     Returns:
         A decorator; the function then raises a `ValueError` for an argument of another name, and for a cache that
-        comes as anything but `cache`. None counts as no argument.
+        comes as anything but `cache`, or a `cache` that is none. None counts as no argument.
     """
 
     def decorate(function: Callable) -> Callable:
-        names = [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
-        known = frozenset((*names, *passed_on))
+        parameters = list(inspect.signature(function).parameters)
+        known = frozenset((*parameters, *passed_on)) - {"self", "kwargs"}
 
         @functools.wraps(function)
         def checked(*args, **kwargs):
-            for name, value in kwargs.items():
-                if name not in known and value is not None:
+            for name, value in (*zip(parameters, args), *kwargs.items()):
+                if name == "self" or value is None:
+                    continue
+                if name not in known:
                     raise ValueError(unknown_name(name, known, f"an argument of `{function.__qualname__}`"))
                 if name != "cache" and isinstance(value, Cache):
                     raise ValueError(f"`{name}`: expected no cache, which goes into `cache`, got one.")
+                if name == "cache" and not isinstance(value, Cache):
+                    raise ValueError(f"`cache`: expected a Cache of Transformers, got {type(value).__name__}.")
             return function(*args, **kwargs)
 
         return checked

@@ -78,6 +78,35 @@ def test_a_cache_under_another_name_is_refused(model, which, name):
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("which", ["model", "backbone"])
+def test_a_cache_by_position_is_taken_in_its_place_alone(model, which):
+    cache, call = HybridCache(model.config), FUNCTIONS[which](model)
+    with pytest.raises(ValueError, match="`attention_mask`: expected no cache, which goes into `cache`"):
+        call(token_ids(1, 5), cache)
+    call(token_ids(1, 5), None, None, cache)
+    assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match="`cache`: expected a Cache of Transformers, got tuple"):
+        call(token_ids(1, 5), cache=((torch.ones(1), torch.ones(1)),))
+
+
+def test_a_config_that_is_none_is_named_by_generate(model):
+    with pytest.raises(ValueError, match="`generation_config`: expected a GenerationConfig, got HybridCache"):
+        model.generate(token_ids(1, 5), HybridCache(model.config))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_layer_called_by_hand_fills_a_cache_under_either_name(model, name):
+    backbone, cache = model.model, HybridCache(model.config)
+    hidden_states, positions = backbone.embed_tokens(token_ids(1, 5)), torch.arange(5)[None]
+    rotary = backbone.rotary_emb(hidden_states, positions, model.config.layer_types[0])
+    backbone.layers[0](hidden_states, position_embeddings=rotary, **{name: cache})
+    assert cache.layers[0].get_seq_length() == 5
+    mtp = HybridCache(model.config)
+    rotary = backbone.rotary_emb(hidden_states, positions, "sliding_attention")
+    backbone.mtp.layers[1](hidden_states, hidden_states, position_embeddings=rotary, **{name: mtp})
+    assert mtp.layers[1].get_seq_length() == 5
+
+
 def test_both_names_of_the_cache_at_once_are_refused(model):
     caches = {name: HybridCache(model.config) for name in ("cache", "past_key_values")}
     for call in (model, model.model, model.generate):
